@@ -1,0 +1,26 @@
+//===- InitAll.cpp - every dialect and pass of moec -----------------------===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#include "moe/InitAll.h"
+
+#include "mlir/IR/DialectRegistry.h"
+#include "mlir/InitAllDialects.h"
+#include "mlir/InitAllExtensions.h"
+#include "mlir/InitAllPasses.h"
+#include "mlir/Target/LLVMIR/Dialect/All.h"
+
+void mlir::moe::registerAllDialects(DialectRegistry &registry) {
+  ::mlir::registerAllDialects(registry);
+  ::mlir::registerAllExtensions(registry);
+  ::mlir::registerAllToLLVMIRTranslations(registry);
+  // The moe dialect and its external models register themselves here.
+}
+
+void mlir::moe::registerAllPasses() {
+  ::mlir::registerAllPasses();
+  // The passes and pipelines of moec register themselves here.
+}
