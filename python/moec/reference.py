@@ -1,0 +1,396 @@
+"""The layer, written down from its formula in float64 NumPy.
+
+This is what every other implementation is measured against, so it shares nothing with the compiler:
+it imports NumPy and the standard library only, keeps to the order of the formula, and takes no
+shortcut for speed. Letters: T tokens, H hidden width, F expert width, E experts, K experts chosen
+per token, k slots per token of one call (K unless experts are given).
+
+    ref = moec.reference(spec, weights)
+    y = ref(x)                              # [..., H] -> float64 [..., H]
+    routing = ref.routing(x)                # ids, weights, logits, how close it was
+    y = ref.experts(x, idx, w)              # routing given: sum of w * f_idx(x)
+
+`spec` is one layer as a mapping (see `normalize`), `weights` a mapping from role to array. Arrays
+may be NumPy arrays of any float type, `uint16` (read as the bits of bfloat16) or torch tensors;
+they are widened to float64 exactly.
+
+    role          shape                    meaning
+    router        [E,H]                    logits = x @ router.T
+    gate_up       [E,2F,H] or [E,2,F,H]    rows of gate, then rows of up ("mlp": up alone, [E,F,H])
+    down          [E,H,F]
+    router_bias   [E]                      added to the logits
+    select_bias   [E]                      added for the choice only
+    gate_up_bias  [E,2F]                   biases of the experts, as down_bias [E,H]
+    shared_gate_up [2S,H], shared_down [H,S], shared_gate [1,H]: the shared expert, its scalar gate
+A dense layer has gate_up [2F,H] and down [H,F] (a leading 1 is accepted).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["Reference", "Routing", "normalize", "reference", "round_bf16"]
+
+
+class Routing(NamedTuple):
+    """What the router decided about T tokens; every array has the leading dimensions of x flattened
+    to T."""
+
+    experts: np.ndarray  # int32 [T,K], by falling score, ties by rising id
+    weights: np.ndarray  # float64 [T,K], after renormalisation and scale
+    logits: np.ndarray  # float64 [T,E]
+    scores: np.ndarray  # float64 [T,E]: what the choice was made by
+    gap: (
+        np.ndarray
+    )  # float64 [T]: K-th chosen score minus the best one not chosen; inf where all are chosen
+    logit_gap: (
+        np.ndarray
+    )  # float64 [T]: the same distance measured in logits (nan where order is not the logits')
+
+
+def round_bf16(a: Any) -> np.ndarray:
+    """Rounds to the nearest bfloat16, ties to even, and returns float64. NaN stays NaN, overflow
+    becomes infinity."""
+    # Straight from float64, in one rounding: going through float32 first would round twice.
+    a = np.asarray(a, np.float64)
+    mantissa, exponent = np.frexp(a)  # |mantissa| in [0.5, 1)
+    exponent = np.maximum(exponent, -125)  # below 2**-126 the spacing no longer shrinks
+    ulp = np.ldexp(1.0, exponent - 8)
+    with np.errstate(invalid="ignore"):
+        r = np.where(np.isfinite(a), np.rint(a / ulp) * ulp, a)
+    largest = np.ldexp(255 / 256, 128)
+    return np.where(np.abs(r) > largest, np.copysign(np.inf, r), r)
+
+
+def _wide(a: Any) -> np.ndarray:
+    """Any accepted array as float64, exactly."""
+    if hasattr(a, "detach"):  # a torch tensor, without importing torch
+        a = a.detach().cpu().double().numpy()
+    a = np.asarray(a)
+    if a.dtype == np.uint16:  # the bits of bfloat16
+        return (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return a.astype(np.float64)
+
+
+# --- the formula's parts --------------------------------------------------------------------------
+
+_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    # The form whose exponential cannot overflow, chosen by sign.
+    e = np.exp(-np.abs(z))
+    return np.where(z >= 0, 1.0, e) / (1.0 + e)
+
+
+def _softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def _gelu_tanh(z: np.ndarray) -> np.ndarray:
+    return 0.5 * z * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
+
+
+ACTIVATIONS = {
+    "silu": lambda z: z * _sigmoid(z),
+    "gelu": lambda z: 0.5 * z * (1.0 + _erf(z / math.sqrt(2.0)).astype(np.float64)),
+    "gelu_tanh": _gelu_tanh,
+    "relu": lambda z: np.where(np.isnan(z), z, np.maximum(z, 0.0)),
+    "relu2": lambda z: np.where(np.isnan(z), z, np.maximum(z, 0.0)) ** 2,
+}
+
+SCORES = {
+    "softmax": _softmax,
+    "sigmoid": _sigmoid,
+    "sqrt_softplus": lambda z: np.sqrt(np.logaddexp(0.0, z)),
+}
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "router": {
+        "score": "softmax",  # softmax | sigmoid | sqrt_softplus
+        "when": "pre",  # pre: score all E, then choose | post: choose by logit, then score those
+        # none | sum: w / (sum + eps) | clamp: w / max(sum, eps) | lp: w / (sum w^p)^(1/p)
+        "renorm": "none",
+        "eps": 0.0,
+        "p": 1.0,
+        "scale": 1.0,  # times every weight
+        "logit_scale": 1.0,
+        "softcap": 0.0,  # c * tanh(z / c), 0: none
+        "select_bias": "none",  # none | score | logit: what the bias of the choice is added to
+        "groups": None,  # {"n", "top", "score": "max" | "top2", "fill": 0.0 | -inf}
+    },
+    "expert": {
+        "form": "glu",  # glu: down(act(gate) * up) | mlp: down(act(up))
+        "act": "silu",
+        "clamp": "none",  # none | pre | post | oai
+        "limit": math.inf,
+        "alpha": 1.702,
+    },
+    "combine": {
+        "apply": "output",  # output: w * f(x) | input: f(w * x)
+        "scale": 1.0,  # times the routed sum
+        "join": "add",  # how the shared expert joins: add | average
+        "shared_act": None,  # activation of the shared expert; None: the routed experts'
+    },
+}
+
+
+def normalize(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """One layer's spec with every default filled in; an unknown attribute or value is refused by
+    name.
+
+    Keys: kind ("moe" | "dense"), H, F, E, K, and the groups router, expert, combine, whose
+    attributes and defaults are `_DEFAULTS` above.
+    """
+    out: dict[str, Any] = {"kind": spec.get("kind", "moe")}
+    if out["kind"] not in ("moe", "dense"):
+        raise ValueError(f"kind: expected moe or dense, but got {out['kind']!r}")
+    for key in ("H", "F") + (("E", "K") if out["kind"] == "moe" else ()):
+        out[key] = int(spec[key])
+        if out[key] < 1:
+            raise ValueError(f"{key}: expected at least 1, but got {out[key]}")
+    if out["kind"] == "moe" and out["K"] > out["E"]:
+        raise ValueError(f"K: expected at most E = {out['E']}, but got {out['K']}")
+    for group, defaults in _DEFAULTS.items():
+        given = dict(spec.get(group) or {})
+        unknown = sorted(set(given) - set(defaults))
+        if unknown:
+            known = ", ".join(defaults)
+            raise ValueError(f"{group}.{unknown[0]}: expected one of {known}, but got this name")
+        out[group] = {**defaults, **given}
+    _one_of(out, "router", "score", SCORES)
+    _one_of(out, "router", "when", ("pre", "post"))
+    _one_of(out, "router", "renorm", ("none", "sum", "clamp", "lp"))
+    _one_of(out, "router", "select_bias", ("none", "score", "logit"))
+    _one_of(out, "expert", "form", ("glu", "mlp"))
+    _one_of(out, "expert", "act", ACTIVATIONS)
+    _one_of(out, "expert", "clamp", ("none", "pre", "post", "oai"))
+    _one_of(out, "combine", "apply", ("output", "input"))
+    _one_of(out, "combine", "join", ("add", "average"))
+    return out
+
+
+def _one_of(spec: dict[str, Any], group: str, key: str, values: Any) -> None:
+    if spec[group][key] not in values:
+        raise ValueError(
+            f"{group}.{key}: expected one of {', '.join(values)}, but got {spec[group][key]!r}"
+        )
+
+
+class Reference:
+    """One layer in float64. See the module's text for spec and weights."""
+
+    def __init__(self, spec: Mapping[str, Any], weights: Mapping[str, Any], rounding: str = "none"):
+        """rounding: "none", or "bf16": x and every weight are rounded to bfloat16 first (all
+        arithmetic stays float64)."""
+        if rounding not in ("none", "bf16"):
+            raise ValueError(f"rounding: expected none or bf16, but got {rounding!r}")
+        self.spec = normalize(spec)
+        self.rounding = rounding
+        self.weights = dict(
+            weights
+        )  # kept as given and widened per use: all of a large layer in float64 may not fit
+        s = self.spec
+        rows = (2 if s["expert"]["form"] == "glu" else 1) * s["F"]
+        experts = s["E"] if s["kind"] == "moe" else 1
+        self._shapes = {
+            "gate_up": (experts, rows, s["H"]),
+            "down": (experts, s["H"], s["F"]),
+            "gate_up_bias": (experts, rows),
+            "down_bias": (experts, s["H"]),
+        }
+        if s["kind"] == "moe":
+            self._shapes |= {
+                "router": (s["E"], s["H"]),
+                "router_bias": (s["E"],),
+                "select_bias": (s["E"],),
+            }
+        needed = ["gate_up", "down"] + (["router"] if s["kind"] == "moe" else [])
+        for role in needed:
+            if role not in self.weights:
+                got = ", ".join(self.weights) or "none"
+                raise ValueError(f"weights: expected {', '.join(needed)}, but got {got}")
+        for role, shape in self._shapes.items():
+            if role in self.weights and math.prod(self.weights[role].shape) != math.prod(shape):
+                got = list(self.weights[role].shape)
+                raise ValueError(f"weights[{role!r}]: expected {list(shape)}, but got {got}")
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def _read(self, a: Any) -> np.ndarray:
+        a = _wide(a)
+        return round_bf16(a) if self.rounding == "bf16" else a
+
+    def _weight(self, role: str, expert: int | None = None) -> np.ndarray | None:
+        """The weight of a role, or its part that belongs to one expert; None where the layer has
+        none."""
+        if role not in self.weights:
+            return None
+        a = self.weights[role]
+        if role in self._shapes:
+            a = a.reshape(self._shapes[role])
+        return self._read(a if expert is None else a[expert])
+
+    def _tokens(self, x: Any) -> tuple[np.ndarray, tuple[int, ...]]:
+        x = self._read(x)
+        if x.ndim < 1 or x.shape[-1] != self.spec["H"]:
+            raise ValueError(f"x: expected [..., {self.spec['H']}] (H), but got {list(x.shape)}")
+        return x.reshape(-1, self.spec["H"]), x.shape[:-1]
+
+    # --- router -----------------------------------------------------------------------------------
+
+    def routing(self, x: Any) -> Routing:
+        """Which experts serve each token, with what weight, and how close the choice was."""
+        if self.spec["kind"] != "moe":
+            raise ValueError("routing: expected a MoE layer, but got a dense one")
+        x, _ = self._tokens(x)
+        r, k = self.spec["router"], self.spec["K"]
+        with np.errstate(all="ignore"):  # NaN and infinity are data here
+            z = r["logit_scale"] * (x @ self._weight("router").T)
+            bias = self._weight("router_bias")
+            z = z if bias is None else z + bias
+            z = r["softcap"] * np.tanh(z / r["softcap"]) if r["softcap"] else z
+            scores = SCORES[r["score"]](z) if r["when"] == "pre" else z
+
+            choice = scores
+            if r["select_bias"] == "score":
+                choice = scores + self._weight("select_bias")
+            elif r["select_bias"] == "logit":
+                choice = z + self._weight("select_bias")
+            if r["groups"]:
+                choice = self._keep_groups(choice, r["groups"])
+
+            # A stable sort of the negated scores: falling score, equal scores by rising id.
+            order = np.argsort(-choice, axis=-1, kind="stable")
+            idx = order[:, :k]
+            w = np.take_along_axis(scores, idx, -1)
+            if r["when"] == "post":
+                w = SCORES[r["score"]](w)
+            if r["renorm"] == "sum":
+                w = w / (w.sum(-1, keepdims=True) + r["eps"])
+            elif r["renorm"] == "clamp":
+                w = w / np.maximum(w.sum(-1, keepdims=True), r["eps"])
+            elif r["renorm"] == "lp":
+                w = w / (np.abs(w) ** r["p"]).sum(-1, keepdims=True) ** (1.0 / r["p"])
+            w = w * r["scale"]
+
+            gap = np.full(len(x), np.inf)
+            logit_gap = gap.copy()
+            if k < self.spec["E"]:
+                pair = order[:, k - 1 : k + 1]
+                gap = -np.diff(np.take_along_axis(choice, pair, -1), axis=-1)[:, 0]
+                logit_gap = -np.diff(np.take_along_axis(z, pair, -1), axis=-1)[:, 0]
+                if r["select_bias"] != "none" or r["groups"]:
+                    logit_gap = np.full(len(x), np.nan)
+        return Routing(idx.astype(np.int32), w, z, choice, gap, logit_gap)
+
+    def _keep_groups(self, choice: np.ndarray, groups: Mapping[str, Any]) -> np.ndarray:
+        """Experts outside the best groups get the fill score."""
+        per_group = choice.reshape(len(choice), groups["n"], -1)
+        if groups.get("score", "top2") == "max":
+            best = per_group.max(-1)
+        else:
+            best = np.sort(per_group, -1)[..., -2:].sum(-1)
+        kept = np.argsort(-best, axis=-1, kind="stable")[:, : groups["top"]]
+        mask = np.zeros(best.shape, bool)
+        np.put_along_axis(mask, kept, True, -1)
+        fill = groups.get("fill", -math.inf)
+        return np.where(mask[..., None], per_group, fill).reshape(choice.shape)
+
+    def route(self, x: Any, logits: bool = False) -> tuple[np.ndarray, ...]:
+        """(ids int32 [T,K], weights float64 [T,K][, logits float64 [T,E]]), best first."""
+        r = self.routing(x)
+        return (r.experts, r.weights, r.logits) if logits else (r.experts, r.weights)
+
+    # --- experts ----------------------------------------------------------------------------------
+
+    def _expert(self, e: int, rows: np.ndarray) -> np.ndarray:
+        """What expert e makes of its rows [n,H]."""
+        return self._mlp(
+            rows,
+            self._weight("gate_up", e),
+            self._weight("down", e),
+            self._weight("gate_up_bias", e),
+            self._weight("down_bias", e),
+            self.spec["expert"]["act"],
+        )
+
+    def _mlp(self, rows, gate_up, down, gate_up_bias, down_bias, act_name):
+        s = self.spec["expert"]
+        act = ACTIVATIONS[act_name]
+        h = rows @ gate_up.T
+        h = h if gate_up_bias is None else h + gate_up_bias
+        if s["form"] == "mlp":
+            h = act(h)
+        else:
+            gate, up = np.split(h, 2, axis=-1)
+            if s["clamp"] in ("pre", "oai"):
+                gate, up = np.minimum(gate, s["limit"]), np.clip(up, -s["limit"], s["limit"])
+            if s["clamp"] == "oai":
+                h = (up + 1.0) * gate * _sigmoid(s["alpha"] * gate)
+            else:
+                gate = act(gate)
+                if s["clamp"] == "post":
+                    gate = np.minimum(gate, s["limit"])
+                    up = np.clip(up, -s["limit"], s["limit"])
+                h = gate * up
+        y = h @ down.T
+        return y if down_bias is None else y + down_bias
+
+    def experts(self, x: Any, idx: Any, w: Any) -> np.ndarray:
+        """Sum over the slots of w * f_idx(x) for [T,k] ids and weights; an id of -1 is no expert.
+        No shared expert."""
+        if self.spec["kind"] != "moe":
+            raise ValueError("experts: expected a MoE layer, but got a dense one")
+        x, lead = self._tokens(x)
+        idx = np.asarray(idx.detach().cpu() if hasattr(idx, "detach") else idx)
+        idx = idx.reshape(len(x), -1).astype(np.int64)
+        return self._routed(x, idx, _wide(w).reshape(idx.shape)).reshape(*lead, self.spec["H"])
+
+    def _routed(self, x: np.ndarray, idx: np.ndarray, w: np.ndarray) -> np.ndarray:
+        y = np.zeros((len(x), self.spec["H"]))
+        with np.errstate(all="ignore"):
+            for e in range(
+                self.spec["E"]
+            ):  # ascending expert order, as the ruling on equal bits has it
+                token, slot = np.nonzero(idx == e)
+                if not len(token):
+                    continue
+                weight = w[token, slot][:, None]
+                if self.spec["combine"]["apply"] == "input":
+                    rows = self._expert(e, x[token] * weight)
+                else:
+                    rows = self._expert(e, x[token]) * weight
+                np.add.at(y, token, rows)  # a token may name one expert twice
+        return y
+
+    def __call__(self, x: Any) -> np.ndarray:
+        """The whole layer: float64, the shape of x."""
+        x, lead = self._tokens(x)
+        with np.errstate(all="ignore"):
+            if self.spec["kind"] == "dense":
+                return self._expert(0, x).reshape(*lead, self.spec["H"])
+            r = self.routing(x)
+            y = self._routed(x, r.experts.astype(np.int64), r.weights)
+            y = y * self.spec["combine"]["scale"]
+            if "shared_gate_up" in self.weights:
+                act = self.spec["combine"]["shared_act"] or self.spec["expert"]["act"]
+                shared = self._mlp(
+                    x, self._weight("shared_gate_up"), self._weight("shared_down"), None, None, act
+                )
+                if "shared_gate" in self.weights:
+                    shared = shared * _sigmoid(x @ self._weight("shared_gate").reshape(1, -1).T)
+                y = (y + shared) * (0.5 if self.spec["combine"]["join"] == "average" else 1.0)
+        return y.reshape(*lead, self.spec["H"])
+
+
+def reference(
+    spec: Mapping[str, Any], weights: Mapping[str, Any], rounding: str = "none"
+) -> Reference:
+    """`moec.reference(spec, weights)(x)`: the layer in float64 NumPy. See the module's text."""
+    return Reference(spec, weights, rounding)
