@@ -122,7 +122,7 @@ std::vector<std::string> nearestNames(llvm::StringRef name,
     else if (sharedPrefix(candidate) >= 4 && 2 * sharedPrefix(candidate) >= name.size())
       near.push_back({most + static_cast<unsigned>(candidate.size()), candidate});
   }
-  std::stable_sort(near.begin(), near.end(), [](const Near &a, const Near &b) {
+  std::sort(near.begin(), near.end(), [](const Near &a, const Near &b) {
     return a.distance != b.distance ? a.distance < b.distance : a.name < b.name;
   });
   std::vector<std::string> out;

@@ -208,7 +208,7 @@ llvm::Expected<std::unique_ptr<InputFile>> InputFolder::openMember(llvm::StringR
                  ? makeError(ErrorCode::PATH, file, "a link to a file", "a link that leads nowhere")
                  : missing(errno);
   }
-  auto closeLook = llvm::make_scope_exit([&] { ::close(look); });
+  llvm::scope_exit closeLook([&] { ::close(look); });
   if (::fstat(look, &info) != 0)
     return systemError(file, "look at the file", errno);
   if (!S_ISREG(info.st_mode))
@@ -582,7 +582,7 @@ llvm::Error writeFileAtomically(llvm::StringRef path, llvm::StringRef text) {
     return split.takeError();
   std::string temporary = split->sibling("." + split->name + ".tmp-" + std::to_string(::getpid()));
   ::unlink(temporary.c_str());
-  auto remove = llvm::make_scope_exit([&] { ::unlink(temporary.c_str()); });
+  llvm::scope_exit remove([&] { ::unlink(temporary.c_str()); });
   llvm::Expected<std::unique_ptr<OutputFile>> file = OutputFile::create(temporary);
   if (!file)
     return file.takeError();
