@@ -12,6 +12,8 @@
 #include "llvm/Support/FormatVariadic.h"
 
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 
 namespace moec {
 
@@ -196,6 +198,17 @@ llvm::Expected<llvm::json::Value> parseJSON(llvm::StringRef text, llvm::StringRe
   return makeError(code, where + ":" + place, "JSON", "other text (" + reason + ")");
 }
 
+std::string numberText(double value) {
+  // The shortest form that reads back as the same number.
+  char buffer[40];
+  for (int digits : {6, 15, 17}) {
+    std::snprintf(buffer, sizeof buffer, "%.*g", digits, value);
+    if (std::strtod(buffer, nullptr) == value)
+      break;
+  }
+  return buffer;
+}
+
 std::string describeJSON(const llvm::json::Value *value) {
   using llvm::json::Value;
   if (!value)
@@ -209,7 +222,7 @@ std::string describeJSON(const llvm::json::Value *value) {
     if (std::optional<int64_t> i = value->getAsInteger();
         i && std::fabs(*value->getAsNumber()) < 9.0e15)
       return std::to_string(*i);
-    return llvm::formatv("{0:g}", *value->getAsNumber()).str();
+    return numberText(*value->getAsNumber());
   case Value::String:
     return "the string \"" + excerpt(*value->getAsString()) + "\"";
   case Value::Array:

@@ -42,7 +42,10 @@ struct JSONLimits {
 llvm::Expected<llvm::json::Value> parseJSON(llvm::StringRef text, llvm::StringRef where,
                                             ErrorCode code, const JSONLimits &limits = {});
 
-/// "a string", "the number 3.5", "an array": for `but got …`.
+/// A number as short as it can be without losing digits: "1e-20", "0.25".
+std::string numberText(double value);
+
+/// "a string", "3.5", "an array": for `but got …`.
 std::string describeJSON(const llvm::json::Value *value);
 
 /// State shared by the readers of one document: remembers the first error, after which getters
