@@ -6,6 +6,7 @@ Suites:
   lit      test/**/*.mlir and *.test with FileCheck
   ctest    C and C++ programs against the runtime
   pytest   test/python: compiled layers against transformers and float64 NumPy
+  docs     the commands and programs on the pages of docs/
   package  cmake --install and pip install ., each used by a project of its own
 
 The exit code is 0 only when nothing failed and every suite asked for could run.
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("checks", "lit", "ctest", "pytest", "package")
+SUITES = ("checks", "lit", "ctest", "pytest", "docs", "package")
 
 
 @dataclass
@@ -130,6 +131,10 @@ def suite_pytest(build, result, reports):
         run_pytest(build, result, reports / "pytest.xml", ["test/python"])
     else:
         result.broken("expected test/python, but got no such folder")
+
+
+def suite_docs(build, result, reports):
+    run_pytest(build, result, reports / "docs.xml", ["test/docs"])
 
 
 def suite_package(build, result, reports):
