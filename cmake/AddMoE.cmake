@@ -26,7 +26,9 @@ include_guard(GLOBAL)
 
 function(moe_add_subdirectories)
   foreach(dir IN LISTS ARGN)
-    if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${dir}/CMakeLists.txt)
+    # By glob, so that a folder that appears later makes the build configure again.
+    file(GLOB list_file CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${dir}/CMakeLists.txt)
+    if(list_file)
       add_subdirectory(${dir})
     endif()
   endforeach()
