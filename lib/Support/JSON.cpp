@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 
 namespace moec {
 
@@ -27,6 +28,27 @@ std::string excerpt(llvm::StringRef text) {
     if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f)
       c = ' ';
   return text.size() > most ? out + "…" : out;
+}
+
+/// Whether `word` is a number by JSON's grammar, which llvm::json does not hold to ("02", "+1").
+bool isNumber(llvm::StringRef word) {
+  auto digits = [&] {
+    size_t n = word.take_while([](char c) { return llvm::isDigit(c); }).size();
+    word = word.drop_front(n);
+    return n > 0;
+  };
+  word.consume_front("-");
+  if (!word.consume_front("0") && !digits())
+    return false;
+  if (word.consume_front(".") && !digits())
+    return false;
+  if (word.consume_front_insensitive("e")) {
+    if (!word.consume_front("+"))
+      word.consume_front("-");
+    if (!digits())
+      return false;
+  }
+  return word.empty();
 }
 
 /// Walks JSON text once, without recursion, and enforces the limits. It need not find every
@@ -81,15 +103,30 @@ private:
 /// At an opening quote. Returns the text between the quotes, escapes as written.
 llvm::Expected<llvm::StringRef> Scanner::scanString() {
   size_t begin = ++pos;
+  bool high = false; // the last character was the first half of a surrogate pair
   while (pos < text.size() && text[pos] != '"') {
     if (static_cast<unsigned char>(text[pos]) < 0x20)
       return fail("no control character inside a string",
                   llvm::formatv("byte {0}", int(text[pos])));
-    pos += text[pos] == '\\' ? 2 : 1;
+    unsigned unit = 0;
+    size_t length = 1;
+    if (text[pos] == '\\') {
+      bool hex = text.substr(pos + 1).starts_with("u");
+      length = hex ? 6 : 2;
+      if (hex && text.substr(pos + 2, 4).getAsInteger(16, unit))
+        return fail("four hexadecimal digits after \\u", "others");
+    }
+    bool low = unit >= 0xdc00 && unit < 0xe000;
+    if (high != low)
+      return fail("surrogates in pairs", "half of one");
+    high = unit >= 0xd800 && unit < 0xdc00;
+    pos += length;
     if (pos - begin > limits.stringBytes)
       return fail(llvm::formatv("strings of at most {0} bytes", limits.stringBytes),
                   "a longer one");
   }
+  if (high)
+    return fail("surrogates in pairs", "half of one");
   if (pos >= text.size()) {
     pos = text.size();
     return fail("a closing quote", "the end of the text");
@@ -147,20 +184,20 @@ llvm::Error Scanner::run(std::optional<std::string> &rewritten) {
       if (++members > limits.members)
         return fail(llvm::formatv("at most {0} values", limits.members), "more");
       ++pos;
-    } else if (limits.nonFiniteAsNull && (c == 'N' || c == 'I' || c == '-')) {
-      size_t length = 0;
-      for (llvm::StringRef word : {"NaN", "Infinity", "-Infinity"})
-        if (text.substr(pos).starts_with(word))
-          length = word.size();
-      if (length) {
+    } else if (llvm::isAlnum(c) || c == '-' || c == '+' || c == '.') {
+      size_t start = pos;
+      llvm::StringRef word = text.substr(pos).take_while(
+          [](char c) { return llvm::isAlnum(c) || c == '-' || c == '+' || c == '.'; });
+      pos += word.size();
+      if (limits.nonFiniteAsNull && (word == "NaN" || word == "Infinity" || word == "-Infinity")) {
         if (!rewritten)
           rewritten.emplace();
-        *rewritten += text.slice(copied, pos);
+        *rewritten += text.slice(copied, start);
         *rewritten += "null";
-        pos += length;
         copied = pos;
-      } else {
-        ++pos;
+      } else if (word != "true" && word != "false" && word != "null" && !isNumber(word)) {
+        pos = start;
+        return fail("a JSON value", "`" + excerpt(word) + "`");
       }
     } else {
       ++pos;
@@ -198,6 +235,13 @@ llvm::Expected<llvm::json::Value> parseJSON(llvm::StringRef text, llvm::StringRe
   return makeError(code, where + ":" + place, "JSON", "other text (" + reason + ")");
 }
 
+bool isInteger(const llvm::json::Value &value) {
+  if (value.getAsUINT64())
+    return true;
+  std::optional<int64_t> i = value.getAsInteger();
+  return i && *i < 0 && *i > std::numeric_limits<int64_t>::min();
+}
+
 std::string numberText(double value) {
   // The shortest form that reads back as the same number.
   char buffer[40];
@@ -219,9 +263,11 @@ std::string describeJSON(const llvm::json::Value *value) {
   case Value::Boolean:
     return *value->getAsBoolean() ? "true" : "false";
   case Value::Number:
-    if (std::optional<int64_t> i = value->getAsInteger();
-        i && std::fabs(*value->getAsNumber()) < 9.0e15)
-      return std::to_string(*i);
+    if (std::optional<int64_t> i = value->getAsInteger()) {
+      if (isInteger(*value))
+        return std::to_string(*i);
+      return numberText(*value->getAsNumber()) + ".0";
+    }
     return numberText(*value->getAsNumber());
   case Value::String:
     return "the string \"" + excerpt(*value->getAsString()) + "\"";
@@ -288,7 +334,7 @@ int64_t JSONReader::integer(llvm::StringRef key, int64_t low, int64_t high,
   const llvm::json::Value *value = get(key);
   if (!object || (!value && fallback))
     return fallback.value_or(low);
-  std::optional<int64_t> i = value ? value->getAsInteger() : std::nullopt;
+  std::optional<int64_t> i = value && isInteger(*value) ? value->getAsInteger() : std::nullopt;
   if (i && *i >= low && *i <= high)
     return *i;
   doc.fail(pathOf(key), llvm::formatv("an integer from {0} to {1}", low, high),

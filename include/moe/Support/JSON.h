@@ -42,6 +42,9 @@ struct JSONLimits {
 llvm::Expected<llvm::json::Value> parseJSON(llvm::StringRef text, llvm::StringRef where,
                                             ErrorCode code, const JSONLimits &limits = {});
 
+/// Whether a number was written as an integer: 2, but not 2.0 (llvm::json takes both).
+bool isInteger(const llvm::json::Value &value);
+
 /// A number as short as it can be without losing digits: "1e-20", "0.25".
 std::string numberText(double value);
 
