@@ -71,7 +71,6 @@ enum {
 #define MOEC_ERROR(number, name, text, sentence) MOEC_E_##name = number,
 #include "moec/errors.def"
 #undef MOEC_ERROR
-  MOEC_E_END_ = 1000 /* every number is below */
 };
 
 /* The name of an error number, as "E-SHAPE"; "OK" for 0, "E-UNKNOWN" for a number that is none.
@@ -256,14 +255,14 @@ enum {
    data. An output overlaps no other tensor of the call. T is the first dimension of x. */
 typedef struct {
   size_t struct_size;
-  uint32_t flags;           /* MOEC_ROUTED_ONLY | ... */
-  void *stream;             /* CUDA: the CUstream the call is enqueued on; CPU: NULL */
-  const DLTensor *x;        /* [T,H] f32|bf16 */
-  const DLTensor *experts;  /* [T,k] i32|i64, given together with `weights`: the router is skipped.
-                               k >= 0 need not be K. An id may occur twice in a row */
-  const DLTensor *weights;  /* [T,k] f32|bf16|f16 */
-  const DLTensor *router_x; /* [T,H]: what the router reads instead of x (MOEC_ROUTER_X) */
-  const DLTensor *token_ids;   /* [T] i32|i64 (MOEC_TOKEN_IDS) */
+  uint32_t flags;            /* MOEC_ROUTED_ONLY | ... */
+  void *stream;              /* CUDA: the CUstream the call is enqueued on; CPU: NULL */
+  const DLTensor *x;         /* [T,H] f32|bf16 */
+  const DLTensor *experts;   /* [T,k] i32|i64, given together with `weights`: the router is skipped.
+                                k >= 0 need not be K. An id may occur twice in a row */
+  const DLTensor *weights;   /* [T,k] f32|bf16|f16 */
+  const DLTensor *router_x;  /* [T,H]: what the router reads instead of x (MOEC_ROUTER_X) */
+  const DLTensor *token_ids; /* [T] i32|i64 (MOEC_TOKEN_IDS) */
   const DLTensor *token_types; /* [T] i32|i64 (MOEC_TOKEN_TYPES) */
   const DLTensor *sequences;   /* [B+1] i32|i64: first token of each sequence (MOEC_SEQUENCES) */
   const DLTensor *state;       /* [T,W] f32: carried router state (MOEC_STATE) */
