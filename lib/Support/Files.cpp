@@ -245,7 +245,7 @@ OutputFile::~OutputFile() {
     ::close(fd);
 }
 
-llvm::Error OutputFile::write(llvm::ArrayRef<char> data) {
+llvm::Error OutputFile::writeBytes(llvm::ArrayRef<char> data) {
   llvm::Error error = writeAt(position, data);
   if (!error)
     position += data.size();

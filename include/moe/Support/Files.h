@@ -107,9 +107,9 @@ public:
   const std::string &path() const { return name; }
   /// Position of the next write.
   uint64_t tell() const { return position; }
-  llvm::Error write(llvm::ArrayRef<char> data);
+  llvm::Error writeBytes(llvm::ArrayRef<char> data);
   llvm::Error write(llvm::StringRef data) {
-    return write(llvm::ArrayRef<char>(data.data(), data.size()));
+    return writeBytes(llvm::ArrayRef<char>(data.data(), data.size()));
   }
   llvm::Error writeAt(uint64_t offset, llvm::ArrayRef<char> data);
   /// Flushes to the disk and closes.
