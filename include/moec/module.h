@@ -2,31 +2,33 @@
    Layout is part of the ABI (MOEC_ABI major.minor): fields are only appended. */
 #ifndef MOEC_MODULE_H
 #define MOEC_MODULE_H
-#include <stdint.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #define MOEC_MAX_STAGES 8
 #define MOEC_COUNTERS 16
 
-/* One call of one entry. Generated code reads it by fixed offsets (static_asserts in lib/Runtime and a test in lib/Target/CPU hold them). */
+/* One call of one entry. Generated code reads it by fixed offsets (static_asserts in lib/Runtime
+ * and a test in lib/Target/CPU hold them). */
 typedef struct moec_frame {
-  void *workspace;               /*   0: 64-byte aligned, workspace_bytes() long */
-  const void *const *weights;    /*   8: packed tensors in the order of moec_layer_code.weights */
-  const void *x;                 /*  16: [T,H] */
-  int64_t x_stride;              /*  24: elements between rows */
-  void *y;                       /*  32: [T,H] */
-  int64_t y_stride;              /*  40: elements between rows */
-  int64_t tokens;                /*  48: T of this chunk */
-  int64_t slots;                 /*  56: k, ids per token */
-  int32_t *experts;              /*  64: [T,k] compact; read by `experts`, written by `route` and `forward` */
-  float *expert_weights;         /*  72: [T,k] compact; same */
-  float *logits;                 /*  80: [T,E] or NULL; written by `route` */
-  int64_t logits_stride;         /*  88: elements between rows */
-  int32_t *offsets;              /*  96: [E+1] first sorted row of each expert; written by the sort */
-  int64_t accumulate;            /* 104: 0 or 1: y += result */
-  int64_t lanes;                 /* 112: lanes the workspace was planned for */
-  int64_t reserved;              /* 120 */
-  int64_t counters[MOEC_COUNTERS * 8]; /* 128: counter i at [8*i] (one cache line each), zero at entry */
+  void *workspace;            /*   0: 64-byte aligned, workspace_bytes() long */
+  const void *const *weights; /*   8: packed tensors in the order of moec_layer_code.weights */
+  const void *x;              /*  16: [T,H] */
+  int64_t x_stride;           /*  24: elements between rows */
+  void *y;                    /*  32: [T,H] */
+  int64_t y_stride;           /*  40: elements between rows */
+  int64_t tokens;             /*  48: T of this chunk */
+  int64_t slots;              /*  56: k, ids per token */
+  int32_t *experts; /*  64: [T,k] compact; read by `experts`, written by `route` and `forward` */
+  float *expert_weights; /*  72: [T,k] compact; same */
+  float *logits;         /*  80: [T,E] or NULL; written by `route` */
+  int64_t logits_stride; /*  88: elements between rows */
+  int32_t *offsets;      /*  96: [E+1] first sorted row of each expert; written by the sort */
+  int64_t accumulate;    /* 104: 0 or 1: y += result */
+  int64_t lanes;         /* 112: lanes the workspace was planned for */
+  int64_t reserved;      /* 120 */
+  /* 128: counter i at [8*i] (one cache line each), zero at entry */
+  int64_t counters[MOEC_COUNTERS * 8];
 } moec_frame;
 
 typedef void (*moec_stage_fn)(moec_frame *, int32_t lane, int32_t lanes);
@@ -35,57 +37,62 @@ enum { MOEC_ENTRY_FORWARD = 0, MOEC_ENTRY_ROUTE = 1, MOEC_ENTRY_EXPERTS = 2 };
 enum { MOEC_DT_F32 = 0, MOEC_DT_BF16 = 1, MOEC_DT_F16 = 2 };
 
 typedef struct moec_entry {
-  int32_t kind;                  /* MOEC_ENTRY_... */
-  int32_t x_dtype, y_dtype;      /* MOEC_DT_... (y ignored by route) */
+  int32_t kind;             /* MOEC_ENTRY_... */
+  int32_t x_dtype, y_dtype; /* MOEC_DT_... (y ignored by route) */
   int32_t stage_count;
   const moec_stage_fn *stages;
   uint64_t (*workspace_bytes)(int64_t tokens, int64_t slots, int64_t lanes);
 } moec_entry;
 
 typedef struct moec_level_code {
-  const char *level;             /* "x86-64-v3", "x86-64-v4" */
-  int32_t rank;                  /* higher is better; the runtime picks the highest it can run and the cap allows */
+  const char *level; /* "x86-64-v3", "x86-64-v4" */
+  int32_t rank; /* higher is better; the runtime picks the highest it can run and the cap allows */
   int32_t entry_count;
   const moec_entry *entries;
 } moec_level_code;
 
-typedef struct moec_weight_desc { /* one packed tensor */
-  const char *role;              /* "router", "gate_up", "down" */
-  const char *format;            /* "f32", "bf16" */
-  const char *layout;            /* "panel32-1" */
+typedef struct moec_weight_desc {     /* one packed tensor */
+  const char *role;                   /* "router", "gate_up", "down" */
+  const char *format;                 /* "f32", "bf16" */
+  const char *layout;                 /* "panel32-1" */
   int64_t experts, parts, rows, cols; /* [E][parts][Nout][Kin] */
-  uint64_t bytes;                /* multiple of 4096 */
+  uint64_t bytes;                     /* multiple of 4096 */
 } moec_weight_desc;
 
-typedef struct moec_layer_code {  /* shared by equal layers */
+typedef struct moec_layer_code { /* shared by equal layers */
   int32_t kind;                  /* 0 MoE, 1 dense FFN */
   int32_t compute;               /* MOEC_DT_F32 | MOEC_DT_BF16 */
   int64_t H, F, E, K, S, W;
   uint32_t needs, reserved;
-  uint64_t active_flops;         /* per token */
+  uint64_t active_flops; /* per token */
   int32_t weight_count, level_count;
   const moec_weight_desc *weights;
   const moec_level_code *levels;
 } moec_layer_code;
 
 typedef struct moec_layer_desc {
-  const char *name;              /* "model.layers.3.mlp" */
-  const char *file;              /* "model.layers.3.mlp.safetensors" */
+  const char *name; /* "model.layers.3.mlp" */
+  const char *file; /* "model.layers.3.mlp.safetensors" */
   int32_t index, reserved;
   const moec_layer_code *code;
-  uint8_t id[32];                /* BLAKE3 of the layer's attributes, formats and layouts: must equal the weight file's */
+  uint8_t id[32]; /* BLAKE3 of the layer's attributes, formats and layouts: must equal the weight
+                     file's */
 } moec_layer_desc;
 
 struct moec_module {
   size_t struct_size;
-  uint32_t abi, reserved;        /* MOEC_ABI the module was built for */
-  const char *name, *version;    /* model name; moec's version */
+  uint32_t abi, reserved;     /* MOEC_ABI the module was built for */
+  const char *name, *version; /* model name; moec's version */
   int32_t layer_count, reserved2;
   const moec_layer_desc *layers;
 };
 
 /* First tensor of every weight file, at file offset 4096. Little endian. */
-typedef struct moec_id_tensor { char role[24]; char dtype[8]; uint64_t offset, bytes, xxh3; } moec_id_tensor; /* offset from file start */
+typedef struct moec_id_tensor {
+  char role[24];
+  char dtype[8];
+  uint64_t offset, bytes, xxh3;
+} moec_id_tensor; /* offset from file start */
 typedef struct moec_id_block {
   char magic[8];                 /* "MOECPACK" */
   uint32_t schema, tensor_count; /* schema 1 */

@@ -37,7 +37,7 @@ def check_consumer(text):
     version, message = text.splitlines()
     assert version == "1.0 E-IO", text
     assert message.startswith("E-IO: ") and "/nonexistent.moec" in message, text
-    assert ": expected " in message and ", but got " in message, text
+    assert ": expected " in message and ", but got" in message, text
 
 
 def test_cmake_package(prefix, tmp_path):
