@@ -316,11 +316,12 @@ void readLayer(JSONDocument &doc, const llvm::json::Value &value, const std::str
     return;
   readWeights(doc, reader.get("weights"), reader.pathOf("weights"), layer);
   if (const llvm::json::Value *origins = reader.get("origins")) {
+    // A spec that was written with origins speaks for itself.
     JSONReader o(doc, origins, reader.pathOf("origins"));
+    layer.origins.clear();
     if (const llvm::json::Object *object = origins->getAsObject())
       for (const auto &member : *object)
-        layer.origins[llvm::StringRef(member.first).str()] =
-            o.string(llvm::StringRef(member.first)) + ", in file `" + file + "`";
+        layer.origins[llvm::StringRef(member.first).str()] = o.string(member.first);
   }
   reader.finish();
   if (indices.size() > 1 && !llvm::StringRef(layer.name).contains("{i}"))
@@ -333,6 +334,8 @@ void readLayer(JSONDocument &doc, const llvm::json::Value &value, const std::str
     for (WeightSpec &weight : copy.weights)
       for (WeightSource &source : weight.sources)
         source.tensor = specialize(source.tensor, index);
+    for (auto &origin : copy.origins)
+      origin.second = specialize(origin.second, index);
     spec.layers.push_back(std::move(copy));
     if (spec.layers.size() > size_t(Limits::layers))
       return doc.fail(path, "at most " + llvm::Twine(Limits::layers) + " layers", "more");

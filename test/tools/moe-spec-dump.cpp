@@ -19,9 +19,6 @@
 #include "llvm/Support/FormatVariadic.h"
 #include "llvm/Support/raw_ostream.h"
 
-#include <chrono>
-#include <thread>
-
 using namespace moec;
 namespace cl = llvm::cl;
 
@@ -36,10 +33,7 @@ static cl::opt<bool> check("check", cl::desc("refuse what is not implemented"));
 static cl::opt<bool> origins("origins");
 static cl::opt<bool> safetensors("safetensors", cl::desc("MODEL is one safetensors file"));
 static cl::opt<std::string> weight("weight", cl::desc("LAYER:ROLE to write as f32"));
-static cl::opt<std::string> output("o", cl::desc("file of --weight, folder of --publish"));
-static cl::opt<bool> publish("publish", cl::desc("publish a folder -o with MODEL's bytes in it"));
-static cl::opt<bool> force("force");
-static cl::opt<bool> hold("hold", cl::desc("with --publish: wait before publishing"));
+static cl::opt<std::string> output("o", cl::desc("file of --weight"));
 static cl::opt<std::string> against("against",
                                     cl::desc("compare the first layer with this spec's"));
 
@@ -71,42 +65,17 @@ static llvm::Error writeWeight(const LoadedModel &model) {
                     buffer.data() + (at->start + r * at->rowStride + c * at->colStride) * size, 1,
                     next++);
       }
-    return writeFileAtomically(
-        output, llvm::StringRef(reinterpret_cast<const char *>(values.data()), 4 * values.size()));
+    std::error_code code;
+    llvm::raw_fd_ostream os(output, code);
+    if (code)
+      return systemError(output, "write the file", code.value());
+    os.write(reinterpret_cast<const char *>(values.data()), sizeof(float) * values.size());
+    return llvm::Error::success();
   }
   return makeError(ErrorCode::ARGUMENT, "--weight", "LAYER:ROLE of this model", weight);
 }
 
-static llvm::Error publishFolder() {
-  installSignalCleanup();
-  llvm::Expected<std::unique_ptr<InputFile>> file = InputFile::open(input);
-  if (!file)
-    return file.takeError();
-  llvm::Expected<std::string> text = (*file)->readAll(uint64_t(1) << 30);
-  if (!text)
-    return text.takeError();
-  llvm::Expected<std::unique_ptr<OutputFolder>> out = OutputFolder::create(output, force);
-  if (!out)
-    return out.takeError();
-  llvm::Expected<std::unique_ptr<OutputFile>> member =
-      OutputFile::create((*out)->path() + "/manifest.json");
-  if (!member)
-    return member.takeError();
-  if (llvm::Error error = (*member)->write(*text))
-    return error;
-  if (llvm::Error error = (*member)->close())
-    return error;
-  if (hold) {
-    llvm::outs() << "holding\n";
-    llvm::outs().flush();
-    std::this_thread::sleep_for(std::chrono::seconds(60));
-  }
-  return (*out)->publish();
-}
-
 static llvm::Error run() {
-  if (publish)
-    return publishFolder();
   if (safetensors) {
     llvm::Expected<std::unique_ptr<Checkpoint>> file = Checkpoint::openFile(input);
     if (!file)
