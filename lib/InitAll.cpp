@@ -6,6 +6,7 @@
 //===----------------------------------------------------------------------===//
 
 #include "moe/InitAll.h"
+#include "moe/Dialect/MoE/IR/MoEDialect.h"
 
 #include "mlir/IR/DialectRegistry.h"
 #include "mlir/InitAllDialects.h"
@@ -17,7 +18,7 @@ void mlir::moe::registerAllDialects(DialectRegistry &registry) {
   ::mlir::registerAllDialects(registry);
   ::mlir::registerAllExtensions(registry);
   ::mlir::registerAllToLLVMIRTranslations(registry);
-  // The moe dialect and its external models register themselves here.
+  registry.insert<MoEDialect>();
 }
 
 void mlir::moe::registerAllPasses() {

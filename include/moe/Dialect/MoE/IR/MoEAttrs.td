@@ -1,0 +1,489 @@
+//===- MoEAttrs.td - attributes of the moe dialect ---------*- tablegen -*-===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#ifndef MOE_DIALECT_MOE_IR_MOEATTRS_TD
+#define MOE_DIALECT_MOE_IR_MOEATTRS_TD
+
+include "moe/Dialect/MoE/IR/MoEDialect.td"
+include "moe/Dialect/MoE/IR/MoEInterfaces.td"
+include "mlir/IR/AttrTypeBase.td"
+include "mlir/IR/EnumAttr.td"
+
+class MoE_Attr<string name, string mnem, list<Trait> traits = []>
+    : AttrDef<MoE_Dialect, name, traits> {
+  let mnemonic = mnem;
+}
+
+class MoE_I32Enum<string name, string summary, list<I32EnumAttrCase> cases>
+    : I32EnumAttr<name, summary, cases> {
+  let cppNamespace = "::mlir::moe";
+  let genSpecializedAttr = 0;
+}
+
+/// A real constant, printed so that reading it gives the same bits.
+class MoE_Real<string description> : AttrOrTypeParameter<"::mlir::moe::Real", description> {
+  let parser = "::mlir::moe::parseReal($_parser)";
+  let printer = "::mlir::moe::printReal($_printer, $_self)";
+}
+class MoE_DefaultReal<string value, string description> : MoE_Real<description> {
+  let defaultValue = "::mlir::moe::Real(" # value # ")";
+}
+
+//===----------------------------------------------------------------------===//
+// Weight format and layout
+//===----------------------------------------------------------------------===//
+
+def MoE_PlainFormat : MoE_I32Enum<"PlainFormat", "a format without scales", [
+  I32EnumAttrCase<"F32", 0, "f32">,
+  I32EnumAttrCase<"BF16", 1, "bf16">,
+]>;
+
+def MoE_FormatAttr : MoE_Attr<"Format", "format", [
+    DeclareAttrInterfaceMethods<MoE_WeightFormatInterface>]> {
+  let summary = "weight elements stored as plain floating point numbers";
+  let description = [{
+    `#moe.format<f32>` or `#moe.format<bf16>`; inside `!moe.weight` the name alone is written.
+    A bf16 element is widened exactly to f32 in registers.
+  }];
+  let parameters = (ins EnumParameter<MoE_PlainFormat>:$value);
+  let assemblyFormat = "`<` $value `>`";
+}
+
+def MoE_PanelLayout : MoE_I32Enum<"PanelLayout", "a packed layout", [
+  I32EnumAttrCase<"Panel32", 0, "panel32">,
+]>;
+
+def MoE_LayoutAttr : MoE_Attr<"Layout", "layout", [
+    DeclareAttrInterfaceMethods<MoE_WeightLayoutInterface>]> {
+  let summary = "packed panels";
+  let description = [{
+    `panel32` is the layout `panel32-1`. A panel is 32 columns wide and as long as the reduction
+    dimension rounded up to 32; it is stored row by row, so that one row is 32 elements that a
+    kernel loads with aligned vectors.
+
+    ```
+    parts = 1:  lane 0 … 31                = columns 32p … 32p+31
+    parts = 2:  lane 0 … 15  | 16 … 31     = gate columns 16p … 16p+15 | up columns 16p … 16p+15
+
+    f32:   element (k, lane) at (k·32 + lane)·4 bytes
+    bf16:  pairs of rows:  (k/2)·128 + lane·4 + (k mod 2)·2 bytes
+    ```
+    Padding is zero. The panels of an expert follow each other, and so do the experts.
+  }];
+  let parameters = (ins EnumParameter<MoE_PanelLayout>:$value);
+  let assemblyFormat = "`<` $value `>`";
+}
+
+//===----------------------------------------------------------------------===//
+// Router
+//===----------------------------------------------------------------------===//
+
+def MoE_RouterInput : MoE_I32Enum<"RouterInput", "what happens to x before the router's matmul", [
+  I32EnumAttrCase<"Plain", 0, "plain">,
+  I32EnumAttrCase<"RmsNorm", 1, "rms_norm">,
+  I32EnumAttrCase<"Mlp", 2, "mlp">,
+]>;
+def MoE_ScoreFunction : MoE_I32Enum<"ScoreFunction", "what makes a score of a logit", [
+  I32EnumAttrCase<"Softmax", 0, "softmax">,
+  I32EnumAttrCase<"Sigmoid", 1, "sigmoid">,
+  I32EnumAttrCase<"SqrtSoftplus", 2, "sqrt_softplus">,
+]>;
+def MoE_RouterOrder : MoE_I32Enum<"RouterOrder", "whether scores are taken before the selection", [
+  I32EnumAttrCase<"ScoreThenSelect", 0, "score_then_select">,
+  I32EnumAttrCase<"SelectThenScore", 1, "select_then_score">,
+]>;
+def MoE_Renormalize : MoE_I32Enum<"Renormalize", "how the K weights are normalised", [
+  I32EnumAttrCase<"None", 0, "none">,
+  I32EnumAttrCase<"Sum", 1, "sum">,
+  I32EnumAttrCase<"ClampSum", 2, "clamp_sum">,
+  I32EnumAttrCase<"LpNorm", 3, "lp_norm">,
+  I32EnumAttrCase<"JointShared", 4, "joint_shared">,
+]>;
+def MoE_SelectionBias : MoE_I32Enum<"SelectionBias", "what the selection bias is added to", [
+  I32EnumAttrCase<"None", 0, "none">,
+  I32EnumAttrCase<"Score", 1, "score">,
+  I32EnumAttrCase<"Logit", 2, "logit">,
+]>;
+def MoE_Selection : MoE_I32Enum<"Selection", "how experts are selected", [
+  I32EnumAttrCase<"TopK", 0, "top_k">,
+  I32EnumAttrCase<"Table", 1, "table">,
+  I32EnumAttrCase<"SparseMixer", 2, "sparse_mixer">,
+  I32EnumAttrCase<"ProductKeys", 3, "product_keys">,
+]>;
+def MoE_RouterPrecision : MoE_I32Enum<"RouterPrecision", "arithmetic of the router", [
+  I32EnumAttrCase<"F32", 0, "f32">,
+  I32EnumAttrCase<"Model", 1, "model">,
+]>;
+def MoE_LogitTransformKind : MoE_I32Enum<"LogitTransformKind", "a function applied to every logit", [
+  I32EnumAttrCase<"Scale", 0, "scale">,
+  I32EnumAttrCase<"Softcap", 1, "softcap">,
+]>;
+def MoE_GroupScore : MoE_I32Enum<"GroupScore", "what makes one score of a group's scores", [
+  I32EnumAttrCase<"Max", 0, "max">,
+  I32EnumAttrCase<"SumTop2", 1, "sum_top2">,
+]>;
+def MoE_GroupFill : MoE_I32Enum<"GroupFill", "score of experts in groups that were not kept", [
+  I32EnumAttrCase<"Zero", 0, "zero">,
+  I32EnumAttrCase<"NegInf", 1, "neg_inf">,
+]>;
+
+def MoE_LogitTransformAttr : MoE_Attr<"LogitTransform", "logit_transform"> {
+  let summary = "a function applied to every logit before its score";
+  let description = "`scale`: value·z. `softcap`: value·tanh(z / value).";
+  let parameters = (ins EnumParameter<MoE_LogitTransformKind>:$kind, MoE_Real<"c">:$value);
+  let assemblyFormat = "`<` $kind `,` $value `>`";
+}
+
+def MoE_GroupsAttr : MoE_Attr<"Groups", "groups"> {
+  let summary = "group-limited selection";
+  let description = [{
+    The E experts form `count` groups of equal size. A group's score is the `max` of its scores or
+    the sum of its two best (`sum_top2`); only experts of the `keep` best groups can be selected,
+    the others have score 0 (`zero`) or −∞ (`neg_inf`).
+  }];
+  let parameters = (ins "int64_t":$count, "int64_t":$keep, EnumParameter<MoE_GroupScore>:$reduce,
+                        EnumParameter<MoE_GroupFill>:$fill);
+  let assemblyFormat = "`<` struct(params) `>`";
+  let genVerifyDecl = 1;
+}
+
+def MoE_RouterAttr : MoE_Attr<"Router", "router"> {
+  let summary = "how a router chooses experts and weighs them";
+  let description = [{
+    For every token: logits z = W·x in the given `precision`; `logit_transform`; then the `top_k`
+    best in the given `order`:
+
+    * `score_then_select`: s = score(z) over all E experts, then the `top_k` largest s.
+    * `select_then_score`: the `top_k` largest z, then s = score(z) over these `top_k` alone.
+
+    Experts are listed by falling score; equal scores by rising id; NaN scores are largest. The
+    weights are s, then `renormalize`: `none`; `sum`: s / (Σs + epsilon); `clamp_sum`:
+    s / max(Σs, epsilon); `lp_norm`: s / (Σ|s|^p)^(1/p) with p = `norm_p`; `joint_shared`: with the
+    scores of shared experts in the sum. Last, weights are multiplied by `scale`.
+
+    `selection_bias` is added for the choice only; weights come from the score without it.
+    `groups` limits the choice. `select` other than `top_k`, `input` other than `plain` and
+    `extra_rows` (rows of W beyond the E experts) have no lowering yet and are refused by the
+    target by name.
+
+    Example:
+
+    ```mlir
+    #moe.router<score = softmax, order = score_then_select, top_k = 8, renormalize = sum>
+    ```
+  }];
+  let parameters = (ins
+    EnumParameter<MoE_ScoreFunction>:$score,
+    EnumParameter<MoE_RouterOrder>:$order,
+    "int64_t":$top_k,
+    DefaultValuedParameter<"Renormalize", "Renormalize::None">:$renormalize,
+    MoE_DefaultReal<"0.0", "added to the sum, or its lower bound">:$epsilon,
+    MoE_DefaultReal<"2.0", "p of lp_norm">:$norm_p,
+    MoE_DefaultReal<"1.0", "factor of every weight">:$scale,
+    DefaultValuedParameter<"RouterPrecision", "RouterPrecision::F32">:$precision,
+    DefaultValuedParameter<"RouterInput", "RouterInput::Plain">:$input,
+    OptionalParameter<"LogitTransformAttr">:$logit_transform,
+    DefaultValuedParameter<"Selection", "Selection::TopK">:$select,
+    DefaultValuedParameter<"SelectionBias", "SelectionBias::None">:$selection_bias,
+    OptionalParameter<"GroupsAttr">:$groups,
+    DefaultValuedParameter<"int64_t", "0">:$extra_rows);
+  let assemblyFormat = "`<` struct(params) `>`";
+  let genVerifyDecl = 1;
+  let extraClassDeclaration = [{
+    /// The name of the first attribute value that has no lowering on any target, as
+    /// "selection_bias = score", or an empty string.
+    std::string getUnimplemented() const;
+  }];
+}
+
+//===----------------------------------------------------------------------===//
+// Experts and combine
+//===----------------------------------------------------------------------===//
+
+def MoE_ExpertForm : MoE_I32Enum<"ExpertForm", "formula of one expert", [
+  I32EnumAttrCase<"Glu", 0, "glu">,
+  I32EnumAttrCase<"Mlp", 1, "mlp">,
+]>;
+def MoE_Activation : MoE_I32Enum<"Activation", "activation function", [
+  I32EnumAttrCase<"Silu", 0, "silu">,
+  I32EnumAttrCase<"Gelu", 1, "gelu">,
+  I32EnumAttrCase<"GeluTanh", 2, "gelu_tanh">,
+  I32EnumAttrCase<"Relu", 3, "relu">,
+  I32EnumAttrCase<"Relu2", 4, "relu2">,
+]>;
+def MoE_ClampKind : MoE_I32Enum<"ClampKind", "where gate and up are clamped", [
+  I32EnumAttrCase<"Pre", 0, "pre">,
+  I32EnumAttrCase<"Oai", 1, "oai">,
+  I32EnumAttrCase<"Post", 2, "post">,
+  I32EnumAttrCase<"Tanh", 3, "tanh">,
+]>;
+def MoE_CombineApply : MoE_I32Enum<"CombineApply", "what a weight multiplies", [
+  I32EnumAttrCase<"Output", 0, "output">,
+  I32EnumAttrCase<"Input", 1, "input">,
+]>;
+def MoE_CombineJoin : MoE_I32Enum<"CombineJoin", "how routed and shared parts are joined", [
+  I32EnumAttrCase<"Add", 0, "add">,
+  I32EnumAttrCase<"Average", 1, "average">,
+]>;
+def MoE_SharedGate : MoE_I32Enum<"SharedGate", "factor of the shared expert", [
+  I32EnumAttrCase<"None", 0, "none">,
+  I32EnumAttrCase<"Sigmoid", 1, "sigmoid">,
+]>;
+
+def MoE_ClampAttr : MoE_Attr<"Clamp", "clamp"> {
+  let summary = "limits on gate and up";
+  let description = [{
+    `pre`: gate ≤ L and |up| ≤ L before the activation. `oai`: pre, then
+    (up + 1)·gate·σ(alpha·gate). `post`: act(gate) ≤ L and |up| ≤ L. `tanh`:
+    softcap(gate)·σ(gate)·softcap(up) with softcap(v) = L·tanh(v / L).
+  }];
+  let parameters = (ins EnumParameter<MoE_ClampKind>:$kind, MoE_Real<"L">:$limit,
+                        MoE_DefaultReal<"1.0", "factor inside σ of `oai`">:$alpha);
+  let assemblyFormat = "`<` struct(params) `>`";
+  let genVerifyDecl = 1;
+}
+
+def MoE_ExpertAttr : MoE_Attr<"Expert", "expert"> {
+  let summary = "what one expert computes";
+  let description = [{
+    `glu`: down·(act(gate·x) ⊙ (up·x)), weights gate_up with two parts. `mlp`: down·act(up·x),
+    weights with one part. Activations: `silu` v·σ(v); `gelu` v·Φ(v); `gelu_tanh` the tanh form;
+    `relu` max(v, 0); `relu2` relu squared. NaN stays NaN in all of them.
+
+    `clamp`, `bias` (a bias on both matmuls), `norm` (each expert's output is normalised) and
+    `latent` (experts work on a projection of this size; 0 = none) have no lowering yet and are
+    refused by the target by name.
+  }];
+  let parameters = (ins
+    EnumParameter<MoE_ExpertForm>:$form,
+    EnumParameter<MoE_Activation>:$activation,
+    OptionalParameter<"ClampAttr">:$clamp,
+    DefaultValuedParameter<"bool", "false">:$bias,
+    DefaultValuedParameter<"bool", "false">:$norm,
+    DefaultValuedParameter<"int64_t", "0">:$latent);
+  let assemblyFormat = "`<` struct(params) `>`";
+  let genVerifyDecl = 1;
+  let extraClassDeclaration = [{
+    /// Parts of the first weight: 2 for glu, 1 for mlp.
+    int64_t getParts() const { return getForm() == ExpertForm::Glu ? 2 : 1; }
+    /// As RouterAttr::getUnimplemented.
+    std::string getUnimplemented() const;
+  }];
+}
+
+def MoE_CombineAttr : MoE_Attr<"Combine", "combine"> {
+  let summary = "how expert rows become a token's output";
+  let description = [{
+    Default: y[t] = Σ w·row over the token's experts in ascending order of expert. `apply = input`
+    multiplies x instead (its lowering does not exist yet, nor do those of `sum_scale` other than 1,
+    `shared_width` other than 0, `shared_gate`, `join = average`, `norm`, `bias`).
+  }];
+  let parameters = (ins
+    DefaultValuedParameter<"CombineApply", "CombineApply::Output">:$apply,
+    MoE_DefaultReal<"1.0", "factor of the routed sum">:$sum_scale,
+    DefaultValuedParameter<"int64_t", "0">:$shared_width,
+    DefaultValuedParameter<"SharedGate", "SharedGate::None">:$shared_gate,
+    DefaultValuedParameter<"CombineJoin", "CombineJoin::Add">:$join,
+    DefaultValuedParameter<"bool", "false">:$norm,
+    DefaultValuedParameter<"bool", "false">:$bias);
+  let assemblyFormat = "(`<` struct(params)^ `>`)?";
+  let extraClassDeclaration = [{
+    /// As RouterAttr::getUnimplemented.
+    std::string getUnimplemented() const;
+  }];
+}
+
+//===----------------------------------------------------------------------===//
+// Symbols
+//===----------------------------------------------------------------------===//
+
+def MoE_Arrangement : MoE_I32Enum<"Arrangement", "how a checkpoint holds the experts", [
+  I32EnumAttrCase<"PerExpert", 0, "per_expert">,
+  I32EnumAttrCase<"Stacked", 1, "stacked">,
+]>;
+def MoE_EntryKind : MoE_I32Enum<"EntryKind", "what a function computes", [
+  I32EnumAttrCase<"Forward", 0, "forward">,
+  I32EnumAttrCase<"Route", 1, "route">,
+  I32EnumAttrCase<"Experts", 2, "experts">,
+]>;
+def MoE_LayerKind : MoE_I32Enum<"LayerKind", "kind of a layer", [
+  I32EnumAttrCase<"MoE", 0, "moe">,
+  I32EnumAttrCase<"Dense", 1, "dense">,
+]>;
+def MoE_LayerKindAttr : EnumAttr<MoE_Dialect, MoE_LayerKind, "layer_kind"> {
+  let assemblyFormat = "$value";
+}
+
+def MoE_SourceAttr : MoE_Attr<"Source", "source"> {
+  let summary = "one checkpoint tensor, or one per expert, that a weight is made of";
+  let description = [{
+    `{e}` in the pattern stands for the expert's number (arrangement `per_expert`); a `stacked`
+    tensor has the experts as its first dimension. `part` is the part of the weight that it fills.
+    `rows = [begin, end]` takes these rows of the tensor's row dimension alone; without it all.
+    `transposed`: the tensor is [in, out]. `interleaved`: its rows alternate between the parts.
+
+    Example:
+
+    ```mlir
+    #moe.source<"model.layers.3.mlp.experts.{e}.gate_proj.weight", part = 0>
+    ```
+  }];
+  let parameters = (ins
+    StringRefParameter<"tensor name pattern">:$pattern,
+    DefaultValuedParameter<"int64_t", "0">:$part,
+    DefaultValuedParameter<"Arrangement", "Arrangement::PerExpert">:$arrangement,
+    DefaultValuedParameter<"bool", "false">:$transposed,
+    DefaultValuedParameter<"bool", "false">:$interleaved,
+    OptionalArrayRefParameter<"int64_t", "begin and end row">:$rows);
+  let hasCustomAssemblyFormat = 1;
+  let genVerifyDecl = 1;
+}
+
+def MoE_DimsAttr : MoE_Attr<"Dims", "dims"> {
+  let summary = "the dimensions of a layer";
+  let description = [{
+    H hidden size, F expert width, E experts, K experts chosen per token (E = K = 1 for a dense
+    layer), S width of the shared expert (0 = none).
+  }];
+  let parameters = (ins "int64_t":$H, "int64_t":$F, "int64_t":$E, "int64_t":$K,
+                        DefaultValuedParameter<"int64_t", "0">:$S);
+  let assemblyFormat = "`<` struct(params) `>`";
+  let genVerifyDecl = 1;
+}
+
+def MoE_EntryAttr : MoE_Attr<"Entry", "entry"> {
+  let summary = "one function of a layer, for one level and one pair of x and y types";
+  let description = [{
+    Example:
+
+    ```mlir
+    #moe.entry<kind = forward, level = "x86-64-v4", x = bf16, y = f32, function = @f0_v4_bf16_f32>
+    ```
+  }];
+  let parameters = (ins
+    EnumParameter<MoE_EntryKind>:$kind,
+    StringRefParameter<"CPU level">:$level,
+    "::mlir::Type":$x,
+    "::mlir::Type":$y,
+    "::mlir::FlatSymbolRefAttr":$function);
+  let assemblyFormat = "`<` struct(params) `>`";
+}
+
+//===----------------------------------------------------------------------===//
+// Decisions
+//===----------------------------------------------------------------------===//
+
+def MoE_Device : MoE_I32Enum<"Device", "kind of device", [
+  I32EnumAttrCase<"CPU", 0, "cpu">,
+  I32EnumAttrCase<"CUDA", 1, "cuda">,
+]>;
+def MoE_KernelOrder : MoE_I32Enum<"KernelOrder", "which operand a micro-kernel loads first", [
+  I32EnumAttrCase<"BFirst", 0, "b_first">,
+  I32EnumAttrCase<"AFirst", 1, "a_first">,
+]>;
+def MoE_RowSource : MoE_I32Enum<"RowSource", "where a grouped matmul finds its rows", [
+  I32EnumAttrCase<"Gather", 0, "gather">,
+  I32EnumAttrCase<"Rows", 1, "rows">,
+  I32EnumAttrCase<"Blocked", 2, "blocked">,
+]>;
+def MoE_ResultForm : MoE_I32Enum<"ResultForm", "where a grouped matmul leaves its result", [
+  I32EnumAttrCase<"Blocked", 0, "blocked">,
+  I32EnumAttrCase<"Rows", 1, "rows">,
+  I32EnumAttrCase<"Combine", 2, "combine">,
+]>;
+def MoE_ResultFormAttr : EnumAttr<MoE_Dialect, MoE_ResultForm, "result_form"> {
+  let assemblyFormat = "$value";
+}
+
+def MoE_TargetAttr : MoE_Attr<"Target", "target"> {
+  let summary = "what a function is compiled for";
+  let description = [{
+    Levels of `cpu`: `x86-64-v3` (AVX2 and FMA), `x86-64-v4` (AVX-512), `avx512-bf16`, `amx-bf16`.
+    Only the first two have code so far.
+
+    Example:
+
+    ```mlir
+    #moe.target<cpu, level = "x86-64-v4">
+    ```
+  }];
+  let parameters = (ins EnumParameter<MoE_Device>:$device, StringRefParameter<"level">:$level);
+  let assemblyFormat = "`<` $device `,` `level` `=` $level `>`";
+  let genVerifyDecl = 1;
+}
+
+def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
+  let summary = "a micro-kernel";
+  let description = [{
+    A kernel computes `rows` × (32 · `panels`) products: every accumulator stays in a register, the
+    reduction runs upwards one element at a time. `order` is the operand that is loaded first,
+    `prefetch` the distance in bytes of the prefetch of the panel (0 = none).
+
+    Register budget, with NV vectors per row (x86-64-v4: 2 · panels of 512 bits; x86-64-v3:
+    4 · panels of 256 bits):
+
+    ```
+    rows · NV  +  min(rows, NV)  +  1  ≤  32 (x86-64-v4) | 16 (x86-64-v3)
+    accumulators  operands          one to spare
+    ```
+    A kernel outside the budget is not a slower kernel: it is refused.
+
+    Example:
+
+    ```mlir
+    #moe.ukernel<level = "x86-64-v4", rows = 14, panels = 1, order = b_first, prefetch = 1024>
+    ```
+  }];
+  let parameters = (ins
+    StringRefParameter<"level">:$level,
+    "int64_t":$rows,
+    "int64_t":$panels,
+    DefaultValuedParameter<"KernelOrder", "KernelOrder::BFirst">:$order,
+    DefaultValuedParameter<"int64_t", "0">:$prefetch);
+  let assemblyFormat = "`<` struct(params) `>`";
+  let genVerifyDecl = 1;
+  let extraClassDeclaration = [{
+    /// Vector registers of a level, and f32 elements in one; {0, 0} for a level without code.
+    static std::pair<int64_t, int64_t> getRegisterFile(StringRef level);
+    /// Registers that a kernel needs: rows·NV + min(rows, NV) + 1.
+    static int64_t getRegistersNeeded(int64_t rows, int64_t vectors);
+    /// NV: vectors of f32 that hold one row of all panels.
+    int64_t getVectorsPerRow() const;
+  }];
+}
+
+def MoE_StrategyAttr : MoE_Attr<"Strategy", "strategy"> {
+  let summary = "the schedule of one matmul";
+  let description = [{
+    * `chunk_rows`: a task covers at most this many rows of one expert.
+    * `panels_per_task`: panels of the weight that a task covers, a multiple of the micro-kernel's.
+    * `source`: `gather` (rows of x through pair, packed on the way), `rows` (a row-major matrix),
+      `blocked` (row blocks that an earlier kernel wrote).
+    * `result`: `blocked` (row blocks for a later kernel), `rows` (a row-major matrix), `combine`
+      (weighted and added into the output; the task owns its columns for all experts).
+
+    Example:
+
+    ```mlir
+    #moe.strategy<ukernel = #moe.ukernel<level = "x86-64-v4", rows = 14, panels = 1>,
+                  chunk_rows = 256, panels_per_task = 4, source = gather, result = blocked>
+    ```
+  }];
+  let parameters = (ins
+    "UkernelAttr":$ukernel,
+    "int64_t":$chunk_rows,
+    "int64_t":$panels_per_task,
+    EnumParameter<MoE_RowSource>:$source,
+    EnumParameter<MoE_ResultForm>:$result);
+  let assemblyFormat = [{
+    `<` `ukernel` `=` qualified($ukernel) `,` `chunk_rows` `=` $chunk_rows `,`
+    `panels_per_task` `=` $panels_per_task `,` `source` `=` $source `,` `result` `=` $result `>`
+  }];
+  let genVerifyDecl = 1;
+}
+
+#endif // MOE_DIALECT_MOE_IR_MOEATTRS_TD

@@ -1,0 +1,269 @@
+//===- MoETaskOps.td - what one thread does ----------------*- tablegen -*-===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#ifndef MOE_DIALECT_MOE_IR_MOETASKOPS_TD
+#define MOE_DIALECT_MOE_IR_MOETASKOPS_TD
+
+include "moe/Dialect/MoE/IR/MoEOpBase.td"
+
+class MoE_BufferOf<list<Type> elements, list<int> ranks, string summary>
+    : AnyTypeOf<[StridedMemRefRankOf<elements, ranks>], summary, "::mlir::MemRefType">;
+
+def MoE_RowsBuffer : MoE_BufferOf<[F32, BF16], [2], "strided matrix buffer of f32 or bf16">;
+def MoE_AnyRowsBuffer : MoE_BufferOf<[F32, BF16], [1, 2, 3], "strided buffer of f32 or bf16">;
+def MoE_F32Vector : MoE_BufferOf<[F32], [1], "vector buffer of f32">;
+def MoE_F32Matrix : MoE_BufferOf<[F32], [2], "matrix buffer of f32">;
+def MoE_F32Scratch : MoE_BufferOf<[F32], [1, 2, 3], "scratch buffer of f32">;
+def MoE_I32Vector : MoE_BufferOf<[I32], [1], "vector buffer of i32">;
+def MoE_I32Matrix : MoE_BufferOf<[I32], [2], "matrix buffer of i32">;
+
+def MoE_StageOp : MoE_Op<"stage", [
+    SingleBlockImplicitTerminator<"YieldOp">, RecursiveMemoryEffects, RecursivelySpeculatable]> {
+  let summary = "work of all lanes between two fences";
+  let description = [{
+    `body` runs once on every lane, with its number and how many lanes there are; lanes may run at
+    the same time or one after another, so a lane never waits for another. `tail` runs once, on the
+    last lane to finish the body, and sees what every lane wrote. Between two stages there is a
+    fence. Values of pure operations above may be used; they are computed anew in each stage.
+
+    Constraints: (C1) body has two index arguments, tail has none; (C2) stages are not nested.
+
+    Example:
+
+    ```mlir
+    moe.stage "up" body(%lane, %lanes) {
+      %c1 = arith.constant 1 : index
+      %task = moe.claim counter(3) count(%c1) : index
+    } tail {
+    }
+    ```
+  }];
+  let arguments = (ins StrAttr:$label);
+  let regions = (region SizedRegion<1>:$body, MaxSizedRegion<1>:$tail);
+  let hasCustomAssemblyFormat = 1;
+  let hasVerifier = 1;
+  let skipDefaultBuilders = 1;
+  let builders = [OpBuilder<(ins "StringRef":$label, CArg<"bool", "false">:$withTail)>];
+  let extraClassDeclaration = [{
+    ::mlir::BlockArgument getLane() { return getBody().getArgument(0); }
+    ::mlir::BlockArgument getLanes() { return getBody().getArgument(1); }
+  }];
+}
+
+def MoE_ClaimOp : MoE_Op<"claim", [
+    MemoryEffects<[MemRead, MemWrite]>]> {
+  let summary = "claim the next tasks of a stage";
+  let description = [{
+    Atomically adds `count` to a counter of the frame and gives its value before: the number of the
+    first task that is now this lane's. The caller compares it with the number of tasks. Counters
+    are zero when the entry starts and are not reset between stages.
+
+    Constraints: (C1) the counter's number is in [0, 16).
+
+    Example:
+
+    ```mlir
+    %i = moe.claim counter(3) count(%n) : index
+    ```
+  }];
+  let arguments = (ins I64Attr:$counter, Arg<Index, "how many tasks">:$count);
+  let results = (outs Index:$result);
+  let assemblyFormat = [{
+    `counter` `(` $counter `)` `count` `(` $count `)` attr-dict `:` type($result)
+  }];
+  let hasVerifier = 1;
+}
+
+def MoE_PackRowsOp : MoE_Op<"pack_rows", [AttrSizedOperandSegments]> {
+  let summary = "pack one block of rows for a micro-kernel";
+  let description = [{
+    Writes R = count rows, from row `first` on, as one rows16 block, widened to f32 after being
+    rounded to `compute`:
+
+    ```
+    into[(c / 16)·R·16 + r·16 + c mod 16] = rows[source(first + r), c]     0 ≤ c < roundup(K, 16)
+    ```
+    with zeros for c ≥ K. source(n) is n, or pair[n] / k with `via`.
+
+    Constraints: (C1) via: pair and slots come together.
+
+    Example:
+
+    ```mlir
+    moe.pack_rows rows(%x : memref<?x2048xbf16, strided<[?, 1]>>) via(%pair, %k : memref<?xi32>)
+        range(%first, %count) compute = bf16 into(%a : memref<?xf32>)
+    ```
+  }];
+  let arguments = (ins
+    Arg<MoE_RowsBuffer, "rows", [MemRead]>:$rows,
+    Arg<Optional<MoE_I32Vector>, "pair of each sorted row", [MemRead]>:$pair,
+    Arg<Optional<Index>, "slots per token">:$slots,
+    Arg<Index, "first row">:$first,
+    Arg<Index, "number of rows">:$count,
+    Arg<MoE_F32Vector, "packed block", [MemWrite]>:$out,
+    TypeAttrOf<MoE_Float>:$compute);
+  let assemblyFormat = [{
+    `rows` `(` $rows `:` type($rows) `)` (`via` `(` $pair^ `,` $slots `:` type($pair) `)`)?
+    `range` `(` $first `,` $count `)` `compute` `=` $compute `into` `(` $out `:` type($out) `)`
+    attr-dict
+  }];
+  let hasVerifier = 1;
+}
+
+def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFromAbove, SingleBlock]> {
+  let summary = "multiply one packed row block with panels of one expert";
+  let description = [{
+    Multiplies the `count` rows of the rows16 block `a` with `ukernel.panels` consecutive panels of
+    expert %e, from panel %panel on, and leaves the products in one of three forms:
+
+    * `blocked`: region applied to the parts, written to columns panelCols·panel … of the rows16
+      block that starts at `into`.
+    * `rows`: written to rows `row` … of a row-major matrix; [N, parts, columns] for several parts
+      without a region. A scratch matrix is padded to whole panels; a matrix that is exactly Nout
+      wide gets the real columns alone. Rounded to the matrix's element type.
+    * `combine`: every product is rounded to `compute`, then
+      scratch[panel][token][lane] = fma(w, product, scratch[…]) with token pair[row + r] / k and
+      weight weights[pair[row + r]]; without pair: token row + r, weight 1. The scratch is
+      [panels, T, 32].
+
+    Constraints: (C1) count ≤ ukernel.rows at run time; (C2) the region takes one f32 per part and
+    yields one f32; (C3) pair, weights and slots come together, with `combine` only; `compute` with
+    `combine` only; (C4) `row` with `rows` and `combine`; (C5) `blocked` has several parts only with
+    a region.
+
+    Example:
+
+    ```mlir
+    moe.gemm_tile count(%mr) a(%a : memref<?xf32>)
+        weight(%w1[%e, %panel] : !moe.weight<64x2x1024x2048xbf16, panel32>)
+        into blocked(%h : memref<?xf32>)
+        ukernel = #moe.ukernel<level = "x86-64-v4", rows = 14, panels = 1> {
+    ^bb0(%gate: f32, %up: f32):
+      %m = arith.mulf %gate, %up : f32
+      moe.yield %m : f32
+    }
+    moe.gemm_tile count(%mr) a(%a : memref<?xf32>)
+        weight(%w2[%e, %panel] : !moe.weight<64x1x2048x1024xbf16, panel32>)
+        into combine(%scratch row %first : memref<1x?x32xf32>)
+        via(%pair, %w slots %k : memref<?xi32>, memref<?xf32>) compute = bf16
+        ukernel = #moe.ukernel<level = "x86-64-v4", rows = 14, panels = 1>
+    ```
+  }];
+  let arguments = (ins
+    Arg<Index, "rows of the block">:$count,
+    Arg<MoE_F32Vector, "packed block", [MemRead]>:$a,
+    Arg<MoE_Weight, "weight">:$weight,
+    Arg<Index, "expert">:$expert,
+    Arg<Index, "first panel">:$panel,
+    Arg<MoE_AnyRowsBuffer, "result", [MemRead, MemWrite]>:$out,
+    Arg<Optional<Index>, "first row of the block in the result, or its sorted row">:$row,
+    Arg<Optional<MoE_I32Vector>, "pair of each sorted row", [MemRead]>:$pair,
+    Arg<Optional<MoE_F32Vector>, "weight of each pair", [MemRead]>:$weights,
+    Arg<Optional<Index>, "slots per token">:$slots,
+    MoE_ResultFormAttr:$form,
+    OptionalAttr<TypeAttrOf<MoE_Float>>:$compute,
+    MoE_UkernelAttr:$ukernel);
+  let regions = (region AnyRegion:$epilogue);
+  let assemblyFormat = [{
+    `count` `(` $count `)` `a` `(` $a `:` type($a) `)`
+    `weight` `(` $weight `[` $expert `,` $panel `]` `:` qualified(type($weight)) `)`
+    `into` $form `(` $out (`row` $row^)? `:` type($out) `)`
+    (`via` `(` $pair^ `,` $weights `slots` $slots `:` type($pair) `,` type($weights) `)`)?
+    (`compute` `=` $compute^)? `ukernel` `=` qualified($ukernel)
+    attr-dict-with-keyword ($epilogue^)?
+  }];
+  let hasVerifier = 1;
+}
+
+def MoE_SelectExpertsOp : MoE_Op<"select_experts"> {
+  let summary = "make weights and experts of rows of logits";
+  let description = [{
+    Rows 0 … count−1 of the logits scratch belong to tokens first … first + count − 1. Computes what
+    `moe.router` computes after the matmul and writes rows first … of the outs; when a third out is
+    given, the E real columns of the logits are copied to it.
+
+    Constraints: (C1) outs are weights f32[T, K] and experts i32[T, K] with K = `top_k`; (C2) the
+    scratch is at least E wide; (C3) E is given when the scratch is padded.
+
+    Example:
+
+    ```mlir
+    moe.select_experts logits(%l : memref<?x64xf32>) experts = 64 range(%first, %count)
+        outs(%w, %e : memref<?x8xf32>, memref<?x8xi32>)
+        #moe.router<score = softmax, order = score_then_select, top_k = 8>
+    ```
+  }];
+  let arguments = (ins
+    Arg<MoE_F32Matrix, "logits scratch", [MemRead]>:$logits,
+    Arg<Index, "first token">:$first,
+    Arg<Index, "number of tokens">:$count,
+    Arg<MoE_F32Matrix, "weights [T, K]", [MemWrite]>:$out_weights,
+    Arg<MoE_I32Matrix, "experts [T, K]", [MemWrite]>:$out_experts,
+    Arg<Optional<MoE_F32Matrix>, "logits [T, E]", [MemWrite]>:$out_logits,
+    I64Attr:$experts,
+    MoE_RouterAttr:$router);
+  let assemblyFormat = [{
+    `logits` `(` $logits `:` type($logits) `)` `experts` `=` $experts
+    `range` `(` $first `,` $count `)`
+    `outs` `(` $out_weights `,` $out_experts (`,` $out_logits^)? `:`
+    type($out_weights) `,` type($out_experts) (`,` type($out_logits)^)? `)`
+    qualified($router) attr-dict
+  }];
+  let hasVerifier = 1;
+}
+
+def MoE_BeginPanelsOp : MoE_Op<"begin_panels"> {
+  let summary = "start the sums of panels of the output";
+  let description = [{
+    scratch[p][t][lane] = accumulate ? y[t, 32·(first + p) + lane] : 0, for `panels` panels; zero in
+    columns that y does not have.
+
+    Example:
+
+    ```mlir
+    moe.begin_panels into(%scratch : memref<1x?x32xf32>) from(%y : memref<?x2048xbf16>)
+        first(%panel) panels(1) accumulate(%acc)
+    ```
+  }];
+  let arguments = (ins
+    Arg<MoE_F32Scratch, "sums [panels, T, 32]", [MemWrite]>:$scratch,
+    Arg<MoE_RowsBuffer, "y [T, H]", [MemRead]>:$y,
+    Arg<Index, "first panel">:$first,
+    Arg<I1, "whether y is added to">:$accumulate,
+    I64Attr:$panels);
+  let assemblyFormat = [{
+    `into` `(` $scratch `:` type($scratch) `)` `from` `(` $y `:` type($y) `)`
+    `first` `(` $first `)` `panels` `(` $panels `)` `accumulate` `(` $accumulate `)` attr-dict
+  }];
+  let hasVerifier = 1;
+}
+
+def MoE_EndPanelsOp : MoE_Op<"end_panels"> {
+  let summary = "round the sums of panels and store them in the output";
+  let description = [{
+    y[t, 32·(first + p) + lane] = round(scratch[p][t][lane]) for the columns that y has.
+
+    Example:
+
+    ```mlir
+    moe.end_panels from(%scratch : memref<1x?x32xf32>) into(%y : memref<?x2048xbf16>)
+        first(%panel) panels(1)
+    ```
+  }];
+  let arguments = (ins
+    Arg<MoE_F32Scratch, "sums [panels, T, 32]", [MemRead]>:$scratch,
+    Arg<MoE_RowsBuffer, "y [T, H]", [MemWrite]>:$y,
+    Arg<Index, "first panel">:$first,
+    I64Attr:$panels);
+  let assemblyFormat = [{
+    `from` `(` $scratch `:` type($scratch) `)` `into` `(` $y `:` type($y) `)`
+    `first` `(` $first `)` `panels` `(` $panels `)` attr-dict
+  }];
+  let hasVerifier = 1;
+}
+
+#endif // MOE_DIALECT_MOE_IR_MOETASKOPS_TD

@@ -1,0 +1,360 @@
+//===- MoEAttrs.cpp - attributes of the moe dialect -----------------------===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#include "moe/Dialect/MoE/IR/MoEAttrs.h"
+#include "moe/Dialect/MoE/IR/MoEDialect.h"
+
+#include "mlir/IR/Builders.h"
+#include "llvm/ADT/TypeSwitch.h"
+#include "llvm/Support/raw_ostream.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+
+using namespace mlir;
+using namespace mlir::moe;
+
+#include "moe/Dialect/MoE/IR/MoEEnums.cpp.inc"
+#include "moe/Dialect/MoE/IR/MoEInterfaces.cpp.inc"
+
+FailureOr<Real> moe::parseReal(AsmParser &parser) {
+  double value;
+  if (failed(parser.parseFloat(value)))
+    return failure();
+  return Real(value);
+}
+
+void moe::printReal(AsmPrinter &printer, Real real) {
+  // The shortest digits that give the same double back, in the grammar of MLIR's float literals:
+  // a decimal point is required.
+  char text[40];
+  for (int digits = 6; digits <= 17; ++digits) {
+    std::snprintf(text, sizeof(text), "%.*g", digits, real.value);
+    if (std::strtod(text, nullptr) == real.value)
+      break;
+  }
+  StringRef number(text);
+  size_t exponent = number.find('e');
+  printer << number.take_front(exponent);
+  if (!number.contains('.'))
+    printer << ".0";
+  if (exponent != StringRef::npos)
+    printer << number.drop_front(exponent);
+}
+
+bool moe::isKnownLevel(StringRef level) {
+  return level == kLevelV3 || level == kLevelV4 || level == kLevelAvx512Bf16 ||
+         level == kLevelAmxBf16;
+}
+
+#define GET_ATTRDEF_CLASSES
+#include "moe/Dialect/MoE/IR/MoEAttrs.cpp.inc"
+
+void MoEDialect::registerAttributes() {
+  addAttributes<
+#define GET_ATTRDEF_LIST
+#include "moe/Dialect/MoE/IR/MoEAttrs.cpp.inc"
+      >();
+}
+
+//===----------------------------------------------------------------------===//
+// Weight format and layout
+//===----------------------------------------------------------------------===//
+
+StringRef FormatAttr::getFormatName() const { return stringifyPlainFormat(getValue()); }
+unsigned FormatAttr::getBitsPerElement() const { return getValue() == PlainFormat::F32 ? 32 : 16; }
+int64_t FormatAttr::getGroupSize() const { return 1; }
+Type FormatAttr::getStorageType() const {
+  if (getValue() == PlainFormat::F32)
+    return Float32Type::get(getContext());
+  return BFloat16Type::get(getContext());
+}
+Type FormatAttr::getRegisterType() const { return Float32Type::get(getContext()); }
+
+StringRef LayoutAttr::getLayoutName() const { return "panel32-1"; }
+int64_t LayoutAttr::getPanelWidth() const { return 32; }
+int64_t LayoutAttr::getReductionMultiple() const { return 32; }
+
+//===----------------------------------------------------------------------===//
+// Router
+//===----------------------------------------------------------------------===//
+
+LogicalResult GroupsAttr::verify(function_ref<InFlightDiagnostic()> emitError, int64_t count,
+                                 int64_t keep, GroupScore, GroupFill) {
+  if (count < 1)
+    return emitError() << "expected count of groups to be positive, but got " << count;
+  if (keep < 1 || keep > count)
+    return emitError() << "expected keep in [1, " << count << "], but got " << keep;
+  return success();
+}
+
+LogicalResult RouterAttr::verify(function_ref<InFlightDiagnostic()> emitError, ScoreFunction,
+                                 RouterOrder, int64_t topK, Renormalize renormalize, Real epsilon,
+                                 Real normP, Real scale, RouterPrecision, RouterInput,
+                                 LogitTransformAttr logitTransform, Selection, SelectionBias,
+                                 GroupsAttr, int64_t extraRows) {
+  if (topK < 1)
+    return emitError() << "expected top_k to be positive, but got " << topK;
+  if (!(epsilon >= 0.0) || epsilon.value == HUGE_VAL)
+    return emitError() << "expected epsilon to be finite and not negative, but got "
+                       << epsilon.value;
+  if (!(normP > 0.0) || normP.value == HUGE_VAL)
+    return emitError() << "expected norm_p to be finite and positive, but got " << normP.value;
+  if (!std::isfinite(scale.value))
+    return emitError() << "expected scale to be finite, but got " << scale.value;
+  if (logitTransform && !std::isfinite(logitTransform.getValue().value))
+    return emitError() << "expected the constant of logit_transform to be finite, but got "
+                       << logitTransform.getValue().value;
+  if (extraRows < 0)
+    return emitError() << "expected extra_rows to be at least 0, but got " << extraRows;
+  return success();
+}
+
+std::string RouterAttr::getUnimplemented() const {
+  std::string text;
+  llvm::raw_string_ostream os(text);
+  if (getScore() == ScoreFunction::Sigmoid || getScore() == ScoreFunction::SqrtSoftplus)
+    os << "score = " << stringifyScoreFunction(getScore());
+  else if (getRenormalize() != Renormalize::None && getRenormalize() != Renormalize::Sum)
+    os << "renormalize = " << stringifyRenormalize(getRenormalize());
+  else if (getPrecision() != RouterPrecision::F32)
+    os << "precision = " << stringifyRouterPrecision(getPrecision());
+  else if (getInput() != RouterInput::Plain)
+    os << "input = " << stringifyRouterInput(getInput());
+  else if (getLogitTransform())
+    os << "logit_transform = " << stringifyLogitTransformKind(getLogitTransform().getKind());
+  else if (getSelect() != Selection::TopK)
+    os << "select = " << stringifySelection(getSelect());
+  else if (getSelectionBias() != SelectionBias::None)
+    os << "selection_bias = " << stringifySelectionBias(getSelectionBias());
+  else if (getGroups())
+    os << "groups = " << getGroups().getCount();
+  else if (getExtraRows())
+    os << "extra_rows = " << getExtraRows();
+  return text;
+}
+
+//===----------------------------------------------------------------------===//
+// Experts and combine
+//===----------------------------------------------------------------------===//
+
+LogicalResult ClampAttr::verify(function_ref<InFlightDiagnostic()> emitError, ClampKind, Real limit,
+                                Real alpha) {
+  if (!(limit > 0.0))
+    return emitError() << "expected limit to be positive, but got " << limit.value;
+  if (!std::isfinite(alpha.value))
+    return emitError() << "expected alpha to be finite, but got " << alpha.value;
+  return success();
+}
+
+LogicalResult ExpertAttr::verify(function_ref<InFlightDiagnostic()> emitError, ExpertForm,
+                                 Activation, ClampAttr, bool, bool, int64_t latent) {
+  if (latent < 0)
+    return emitError() << "expected latent to be at least 0, but got " << latent;
+  return success();
+}
+
+std::string ExpertAttr::getUnimplemented() const {
+  std::string text;
+  llvm::raw_string_ostream os(text);
+  if (getForm() != ExpertForm::Glu)
+    os << "form = " << stringifyExpertForm(getForm());
+  else if (getActivation() == Activation::Relu2)
+    os << "activation = " << stringifyActivation(getActivation());
+  else if (getClamp())
+    os << "clamp = " << stringifyClampKind(getClamp().getKind());
+  else if (getBias())
+    os << "bias = true";
+  else if (getNorm())
+    os << "norm = true";
+  else if (getLatent())
+    os << "latent = " << getLatent();
+  return text;
+}
+
+std::string CombineAttr::getUnimplemented() const {
+  std::string text;
+  llvm::raw_string_ostream os(text);
+  if (getApply() != CombineApply::Output)
+    os << "apply = " << stringifyCombineApply(getApply());
+  else if (getSumScale().value != 1.0)
+    os << "sum_scale = " << getSumScale().value;
+  else if (getSharedWidth())
+    os << "shared_width = " << getSharedWidth();
+  else if (getSharedGate() != SharedGate::None)
+    os << "shared_gate = " << stringifySharedGate(getSharedGate());
+  else if (getJoin() != CombineJoin::Add)
+    os << "join = " << stringifyCombineJoin(getJoin());
+  else if (getNorm())
+    os << "norm = true";
+  else if (getBias())
+    os << "bias = true";
+  return text;
+}
+
+//===----------------------------------------------------------------------===//
+// Symbols
+//===----------------------------------------------------------------------===//
+
+// #moe.source<"pattern"[, part = 1][, arrangement = stacked][, rows = [0, 8]][, transposed]
+//             [, interleaved]>
+Attribute SourceAttr::parse(AsmParser &parser, Type) {
+  std::string pattern;
+  int64_t part = 0;
+  Arrangement arrangement = Arrangement::PerExpert;
+  bool transposed = false, interleaved = false;
+  SmallVector<int64_t, 2> rows;
+  if (parser.parseLess() || parser.parseString(&pattern))
+    return {};
+  while (succeeded(parser.parseOptionalComma())) {
+    SMLoc loc = parser.getCurrentLocation();
+    StringRef key;
+    if (parser.parseKeyword(&key))
+      return {};
+    if (key == "transposed") {
+      transposed = true;
+    } else if (key == "interleaved") {
+      interleaved = true;
+    } else if (key == "part") {
+      if (parser.parseEqual() || parser.parseInteger(part))
+        return {};
+    } else if (key == "arrangement") {
+      StringRef value;
+      if (parser.parseEqual() || parser.parseKeyword(&value))
+        return {};
+      std::optional<Arrangement> symbol = symbolizeArrangement(value);
+      if (!symbol) {
+        parser.emitError(loc) << "expected arrangement to be per_expert or stacked, but got '"
+                              << value << "'";
+        return {};
+      }
+      arrangement = *symbol;
+    } else if (key == "rows") {
+      int64_t begin, end;
+      if (parser.parseEqual() || parser.parseLSquare() || parser.parseInteger(begin) ||
+          parser.parseComma() || parser.parseInteger(end) || parser.parseRSquare())
+        return {};
+      rows.assign({begin, end});
+    } else {
+      parser.emitError(loc) << "expected part, arrangement, rows, transposed or interleaved, but "
+                               "got '"
+                            << key << "'";
+      return {};
+    }
+  }
+  if (parser.parseGreater())
+    return {};
+  return parser.getChecked<SourceAttr>(parser.getContext(), pattern, part, arrangement, transposed,
+                                       interleaved, rows);
+}
+
+void SourceAttr::print(AsmPrinter &printer) const {
+  printer << "<";
+  printer.printString(getPattern());
+  if (getPart())
+    printer << ", part = " << getPart();
+  if (getArrangement() != Arrangement::PerExpert)
+    printer << ", arrangement = " << stringifyArrangement(getArrangement());
+  if (!getRows().empty())
+    printer << ", rows = [" << getRows()[0] << ", " << getRows()[1] << "]";
+  if (getTransposed())
+    printer << ", transposed";
+  if (getInterleaved())
+    printer << ", interleaved";
+  printer << ">";
+}
+
+LogicalResult SourceAttr::verify(function_ref<InFlightDiagnostic()> emitError, StringRef pattern,
+                                 int64_t part, Arrangement, bool, bool, ArrayRef<int64_t> rows) {
+  if (pattern.empty())
+    return emitError() << "expected a tensor name, but got an empty string";
+  if (part < 0)
+    return emitError() << "expected part to be at least 0, but got " << part;
+  if (!rows.empty() && rows.size() != 2)
+    return emitError() << "expected rows to be [begin, end], but got " << rows.size() << " numbers";
+  if (!rows.empty() && (rows[0] < 0 || rows[1] <= rows[0]))
+    return emitError() << "expected rows to be [begin, end] with 0 <= begin < end, but got ["
+                       << rows[0] << ", " << rows[1] << "]";
+  return success();
+}
+
+LogicalResult DimsAttr::verify(function_ref<InFlightDiagnostic()> emitError, int64_t h, int64_t f,
+                               int64_t e, int64_t k, int64_t s) {
+  std::pair<StringRef, int64_t> dims[] = {{"H", h}, {"F", f}, {"E", e}, {"K", k}};
+  for (auto [name, value] : dims)
+    if (value < 1)
+      return emitError() << "expected " << name << " to be positive, but got " << value;
+  if (k > e)
+    return emitError() << "expected K to be at most E = " << e << ", but got " << k;
+  if (s < 0)
+    return emitError() << "expected S to be at least 0, but got " << s;
+  return success();
+}
+
+//===----------------------------------------------------------------------===//
+// Decisions
+//===----------------------------------------------------------------------===//
+
+LogicalResult TargetAttr::verify(function_ref<InFlightDiagnostic()> emitError, Device device,
+                                 StringRef level) {
+  if (device == Device::CPU && !isKnownLevel(level))
+    return emitError() << "expected level to be x86-64-v3, x86-64-v4, avx512-bf16 or amx-bf16, "
+                          "but got \""
+                       << level << "\"";
+  return success();
+}
+
+std::pair<int64_t, int64_t> UkernelAttr::getRegisterFile(StringRef level) {
+  if (level == kLevelV4)
+    return {32, 16};
+  if (level == kLevelV3)
+    return {16, 8};
+  return {0, 0};
+}
+
+int64_t UkernelAttr::getRegistersNeeded(int64_t rows, int64_t vectors) {
+  return rows * vectors + std::min(rows, vectors) + 1;
+}
+
+int64_t UkernelAttr::getVectorsPerRow() const {
+  return getPanels() * 32 / getRegisterFile(getLevel()).second;
+}
+
+LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, StringRef level,
+                                  int64_t rows, int64_t panels, KernelOrder, int64_t prefetch) {
+  auto [registers, lanes] = getRegisterFile(level);
+  if (!registers)
+    return emitError() << "expected level of a micro-kernel to be x86-64-v3 or x86-64-v4, but got "
+                          "\""
+                       << level << "\"" << (isKnownLevel(level) ? ", which has no code yet" : "");
+  if (rows < 1 || rows > registers)
+    return emitError() << "expected rows in [1, " << registers << "], but got " << rows;
+  if (panels < 1 || panels > registers)
+    return emitError() << "expected panels in [1, " << registers << "], but got " << panels;
+  int64_t needed = getRegistersNeeded(rows, panels * 32 / lanes);
+  if (needed > registers)
+    return emitError() << "expected a micro-kernel in the " << registers << " registers of "
+                       << level << ", but got rows = " << rows << ", panels = " << panels
+                       << ", which need " << needed;
+  if (prefetch < 0)
+    return emitError() << "expected prefetch to be at least 0 bytes, but got " << prefetch;
+  return success();
+}
+
+LogicalResult StrategyAttr::verify(function_ref<InFlightDiagnostic()> emitError,
+                                   UkernelAttr ukernel, int64_t chunkRows, int64_t panelsPerTask,
+                                   RowSource, ResultForm) {
+  if (chunkRows < ukernel.getRows())
+    return emitError() << "expected chunk_rows to be at least the micro-kernel's rows = "
+                       << ukernel.getRows() << ", but got " << chunkRows;
+  if (panelsPerTask < 1 || panelsPerTask % ukernel.getPanels())
+    return emitError() << "expected panels_per_task to be a positive multiple of the "
+                          "micro-kernel's panels = "
+                       << ukernel.getPanels() << ", but got " << panelsPerTask;
+  return success();
+}

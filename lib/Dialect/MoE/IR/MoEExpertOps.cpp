@@ -1,0 +1,350 @@
+//===- MoEExpertOps.cpp - experts, matmuls, activations -------------------===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#include "OpHelpers.h"
+
+#include "mlir/Dialect/Arith/IR/Arith.h"
+#include "mlir/Dialect/Math/IR/Math.h"
+
+using namespace mlir;
+using namespace mlir::moe;
+using namespace mlir::moe::opimpl;
+
+//===----------------------------------------------------------------------===//
+// Import level
+//===----------------------------------------------------------------------===//
+
+/// (C1)–(C4) of moe.experts: the weights of an expert against x and the width of the result.
+template <typename OpTy> static LogicalResult verifyExpertWeights(OpTy op) {
+  if (failed(verifyOneSemantics(op)))
+    return failure();
+  WeightType up = getWeightType(op.getUp()), down = getWeightType(op.getDown());
+  ExpertAttr expert = op.getExpert();
+  // experts_c1
+  if (failed(verifyDim(op, op.getX(), 1, up.getCols(), "hidden size H of x")))
+    return failure();
+  // experts_c2
+  if (up.getParts() != expert.getParts())
+    return op.emitOpError() << "expected a first weight of " << expert.getParts()
+                            << " parts for form = " << stringifyExpertForm(expert.getForm())
+                            << ", but got " << up.getParts();
+  // experts_c3
+  if (down.getParts() != 1)
+    return op.emitOpError() << "expected a second weight of 1 part, but got " << down.getParts();
+  if (down.getCols() != up.getRows())
+    return op.emitOpError() << "expected a second weight with columns F = " << up.getRows()
+                            << ", but got " << down.getCols();
+  if (down.getRows() != up.getCols())
+    return op.emitOpError() << "expected a second weight with rows H = " << up.getCols()
+                            << ", but got " << down.getRows();
+  if (failed(verifyDim(op, op.getOut(), 1, down.getRows(), "hidden size H of the result")))
+    return failure();
+  // experts_c4
+  if (down.getExperts() != up.getExperts())
+    return op.emitOpError() << "expected a second weight of E = " << up.getExperts()
+                            << " experts, but got " << down.getExperts();
+  return success();
+}
+
+void ExpertsOp::build(OpBuilder &, OperationState &state, Value x, Value offsets, Value pair,
+                      Value up, Value down, Value slots, Value out, ExpertAttr expert) {
+  state.addOperands({x, offsets, pair, up, down, slots, out});
+  addResultTypes(state, out);
+  state.getOrAddProperties<Properties>().expert = expert;
+}
+
+LogicalResult ExpertsOp::verify() {
+  if (failed(verifyExpertWeights(*this)))
+    return failure();
+  // experts_c4
+  if (failed(verifyDim(*this, getOffsets(), 0, getWeightType(getUp()).getExperts() + 1,
+                       "elements E + 1 of offsets")))
+    return failure();
+  // experts_c5
+  return verifySameDim(*this, getOut(), 0, getPair(), 0, "rows N of the result");
+}
+
+void ExpertsOp::getEffects(Effects &effects) { getDpsEffects(*this, false, effects); }
+LogicalResult ExpertsOp::reifyResultShapes(OpBuilder &builder,
+                                           ReifiedRankedShapedTypeDims &shapes) {
+  return reifyFromOuts(*this, builder, shapes);
+}
+
+static SmallVector<int32_t> segments(std::initializer_list<Value> values) {
+  return llvm::to_vector(
+      llvm::map_range(values, [](Value value) -> int32_t { return value ? 1 : 0; }));
+}
+
+void CombineOp::build(OpBuilder &, OperationState &state, Value rows, Value offsets, Value pair,
+                      Value weights, Value slots, Value accumulate, Value out,
+                      CombineAttr combine) {
+  std::initializer_list<Value> operands = {rows, offsets, pair, weights, slots, accumulate, out};
+  for (Value operand : operands)
+    if (operand)
+      state.addOperands(operand);
+  addResultTypes(state, out);
+  Properties &properties = state.getOrAddProperties<Properties>();
+  llvm::copy(segments(operands), properties.operandSegmentSizes.begin());
+  properties.combine = combine;
+}
+
+/// pair, weights and slots come together; weights are [T, k].
+static LogicalResult verifyPairs(Operation *op, Value pair, Value weights, Value slots, Value out) {
+  if (bool(pair) != bool(weights) || bool(pair) != bool(slots))
+    return op->emitOpError("expected pair, weights and slots together, but got some of them");
+  if (weights && failed(verifySameDim(op, weights, 0, out, 0, "tokens T of the weights")))
+    return failure();
+  return success();
+}
+
+LogicalResult CombineOp::verify() {
+  if (failed(verifyOneSemantics(*this)))
+    return failure();
+  // combine_c1
+  if (failed(verifySameDim(*this, getRows(), 1, getOut(), 1, "width H of rows")))
+    return failure();
+  // combine_c2, combine_c3
+  if (failed(verifyPairs(*this, getPair(), getWeights(), getSlots(), getOut())))
+    return failure();
+  if (getPair() && failed(verifySameDim(*this, getPair(), 0, getRows(), 0, "elements N of pair")))
+    return failure();
+  if (!getPair() && failed(verifySameDim(*this, getRows(), 0, getOut(), 0, "rows T without pairs")))
+    return failure();
+  // combine_c4
+  int64_t offsets = getDim(getOffsets(), 0);
+  if (!ShapedType::isDynamic(offsets) && offsets < 2)
+    return emitOpError() << "expected offsets of at least 2 elements, but got " << offsets;
+  return success();
+}
+
+void CombineOp::getEffects(Effects &effects) {
+  getDpsEffects(*this, bool(getAccumulate()), effects);
+}
+LogicalResult CombineOp::reifyResultShapes(OpBuilder &builder,
+                                           ReifiedRankedShapedTypeDims &shapes) {
+  return reifyFromOuts(*this, builder, shapes);
+}
+
+void FfnOp::build(OpBuilder &, OperationState &state, Value x, Value up, Value down,
+                  Value accumulate, Value out, ExpertAttr expert) {
+  state.addOperands({x, up, down});
+  if (accumulate)
+    state.addOperands(accumulate);
+  state.addOperands(out);
+  addResultTypes(state, out);
+  state.getOrAddProperties<Properties>().expert = expert;
+}
+
+LogicalResult FfnOp::verify() {
+  if (failed(verifyExpertWeights(*this)))
+    return failure();
+  // ffn_c4
+  if (getWeightType(getUp()).getExperts() != 1)
+    return emitOpError() << "expected weights of 1 expert, but got "
+                         << getWeightType(getUp()).getExperts();
+  return verifySameDim(*this, getOut(), 0, getX(), 0, "tokens T of the result");
+}
+
+void FfnOp::getEffects(Effects &effects) { getDpsEffects(*this, bool(getAccumulate()), effects); }
+LogicalResult FfnOp::reifyResultShapes(OpBuilder &builder, ReifiedRankedShapedTypeDims &shapes) {
+  return reifyFromOuts(*this, builder, shapes);
+}
+
+//===----------------------------------------------------------------------===//
+// Fused level
+//===----------------------------------------------------------------------===//
+
+void GatherOp::build(OpBuilder &, OperationState &state, Value x, Value offsets, Value pair,
+                     Value slots, Value out) {
+  state.addOperands({x, offsets, pair, slots, out});
+  addResultTypes(state, out);
+}
+
+LogicalResult GatherOp::verify() {
+  if (failed(verifyOneSemantics(*this)))
+    return failure();
+  // gather_c1
+  if (failed(verifySameDim(*this, getOut(), 1, getX(), 1, "width H of the result")))
+    return failure();
+  // gather_c2
+  return verifySameDim(*this, getOut(), 0, getPair(), 0, "rows N of the result");
+}
+
+void GatherOp::getEffects(Effects &effects) { getDpsEffects(*this, false, effects); }
+LogicalResult GatherOp::reifyResultShapes(OpBuilder &builder, ReifiedRankedShapedTypeDims &shapes) {
+  return reifyFromOuts(*this, builder, shapes);
+}
+
+void GroupedMatmulOp::build(OpBuilder &, OperationState &state, Value rows, Value offsets,
+                            Value weight, Value out) {
+  state.addOperands({rows, offsets, weight, out});
+  addResultTypes(state, out);
+  llvm::copy(ArrayRef<int32_t>{1, 0, 0, 1, 1, 0, 0, 0, 0, 1},
+             state.getOrAddProperties<Properties>().operandSegmentSizes.begin());
+  state.addRegion();
+}
+
+WeightType GroupedMatmulOp::getWeightType() { return cast<WeightType>(getWeight().getType()); }
+
+LogicalResult GroupedMatmulOp::verify() {
+  if (failed(verifyOneSemantics(*this)))
+    return failure();
+  WeightType weight = getWeightType();
+  // grouped_matmul_c1
+  if (failed(verifyDim(*this, getRows(), 1, weight.getCols(), "width of rows")))
+    return failure();
+  // grouped_matmul_c2
+  if (failed(
+          verifyDim(*this, getOffsets(), 0, weight.getExperts() + 1, "elements E + 1 of offsets")))
+    return failure();
+  // grouped_matmul_c3
+  if (bool(getViaPair()) != bool(getViaSlots()))
+    return emitOpError("expected via %pair slots %k, but got one of them");
+  // grouped_matmul_c4
+  if (hasEpilogue() && failed(verifyEpilogue(*this, getEpilogue(), weight.getParts())))
+    return failure();
+  bool hasParts = weight.getParts() > 1 && !hasEpilogue();
+  if (hasCombine()) {
+    // grouped_matmul_c6
+    if (hasParts)
+      return emitOpError("expected one part or a region with combine, but got a weight of ")
+             << weight.getParts() << " parts and no region";
+    if (failed(
+            verifyPairs(*this, getCombinePair(), getCombineWeights(), getCombineSlots(), getOut())))
+      return failure();
+  } else if (getCombinePair() || getCombineWeights() || getCombineSlots() || getAccumulate()) {
+    // grouped_matmul_c7
+    return emitOpError("expected pairs, weights and accumulate with combine only");
+  }
+  // grouped_matmul_c5
+  int64_t rank = hasParts ? 3 : 2;
+  if (getRank(getOut()) != rank)
+    return emitOpError() << "expected a result of rank " << rank << ", but got "
+                         << getRank(getOut());
+  if (hasParts && failed(verifyDim(*this, getOut(), 1, weight.getParts(), "parts of the result")))
+    return failure();
+  if (failed(verifyDim(*this, getOut(), rank - 1, weight.getRows(), "width of the result")))
+    return failure();
+  if (!hasCombine() &&
+      failed(verifySameDim(*this, getOut(), 0, getViaPair() ? getViaPair() : getRows(), 0,
+                           "rows N of the result")))
+    return failure();
+  // grouped_matmul_c8
+  if (StrategyAttr strategy = getStrategyAttr())
+    if ((strategy.getResult() == ResultForm::Combine) != hasCombine())
+      return emitOpError() << "expected a strategy with result "
+                           << (hasCombine() ? "= combine" : "blocked or rows") << ", but got "
+                           << stringifyResultForm(strategy.getResult());
+  return success();
+}
+
+void GroupedMatmulOp::getEffects(Effects &effects) {
+  getDpsEffects(*this, bool(getAccumulate()), effects);
+}
+LogicalResult GroupedMatmulOp::reifyResultShapes(OpBuilder &builder,
+                                                 ReifiedRankedShapedTypeDims &shapes) {
+  return reifyFromOuts(*this, builder, shapes);
+}
+
+void ActivateOp::build(OpBuilder &, OperationState &state, Value parts, Value out) {
+  state.addOperands({parts, out});
+  addResultTypes(state, out);
+  state.addRegion();
+}
+
+int64_t ActivateOp::getNumParts() { return getRank(getParts()) == 3 ? getDim(getParts(), 1) : 1; }
+
+LogicalResult ActivateOp::verify() {
+  if (failed(verifyOneSemantics(*this)))
+    return failure();
+  // activate_c1
+  if (failed(verifySameDim(*this, getOut(), 0, getParts(), 0, "rows N of the result")) ||
+      failed(verifySameDim(*this, getOut(), 1, getParts(), getRank(getParts()) - 1,
+                           "width F of the result")))
+    return failure();
+  if (ShapedType::isDynamic(getNumParts()))
+    return emitOpError("expected a static number of parts, but got ?");
+  // activate_c2
+  if (getEpilogue().empty())
+    return emitOpError("expected a region, but got none");
+  return verifyEpilogue(*this, getEpilogue(), getNumParts());
+}
+
+void ActivateOp::getEffects(Effects &effects) { getDpsEffects(*this, false, effects); }
+LogicalResult ActivateOp::reifyResultShapes(OpBuilder &builder,
+                                            ReifiedRankedShapedTypeDims &shapes) {
+  return reifyFromOuts(*this, builder, shapes);
+}
+
+//===----------------------------------------------------------------------===//
+// The scalar formula of an expert
+//===----------------------------------------------------------------------===//
+
+namespace {
+/// Writes f32 arithmetic.
+struct Formula {
+  OpBuilder &builder;
+  Location loc;
+
+  Value constant(double value) {
+    return arith::ConstantOp::create(builder, loc, builder.getF32FloatAttr(value));
+  }
+  Value add(Value a, Value b) { return arith::AddFOp::create(builder, loc, a, b); }
+  Value sub(Value a, Value b) { return arith::SubFOp::create(builder, loc, a, b); }
+  Value mul(Value a, Value b) { return arith::MulFOp::create(builder, loc, a, b); }
+  Value div(Value a, Value b) { return arith::DivFOp::create(builder, loc, a, b); }
+  Value neg(Value a) { return arith::NegFOp::create(builder, loc, a); }
+  Value exp(Value a) { return math::ExpOp::create(builder, loc, a); }
+  Value tanh(Value a) { return math::TanhOp::create(builder, loc, a); }
+  Value erf(Value a) { return math::ErfOp::create(builder, loc, a); }
+  // arith.maximumf keeps NaN, as torch's relu does.
+  Value max(Value a, Value b) { return arith::MaximumFOp::create(builder, loc, a, b); }
+
+  /// v / (1 + exp(−v)): −∞ gives −0·…, large negative v gives −0, never NaN but for ±NaN and −∞.
+  Value silu(Value v) { return div(v, add(constant(1.0), exp(neg(v)))); }
+  Value gelu(Value v) {
+    Value inner = erf(mul(v, constant(0.70710678118654752)));
+    return mul(mul(constant(0.5), v), add(constant(1.0), inner));
+  }
+  Value geluTanh(Value v) {
+    Value cube = mul(mul(v, v), v);
+    Value inner = mul(constant(0.79788456080286536), add(v, mul(constant(0.044715), cube)));
+    return mul(mul(constant(0.5), v), add(constant(1.0), tanh(inner)));
+  }
+  Value activation(Activation kind, Value v) {
+    switch (kind) {
+    case Activation::Silu:
+      return silu(v);
+    case Activation::Gelu:
+      return gelu(v);
+    case Activation::GeluTanh:
+      return geluTanh(v);
+    case Activation::Relu:
+      return max(v, constant(0.0));
+    case Activation::Relu2: {
+      Value relu = max(v, constant(0.0));
+      return mul(relu, relu);
+    }
+    }
+    llvm_unreachable("unknown activation");
+  }
+};
+} // namespace
+
+void moe::buildExpertEpilogue(OpBuilder &builder, Location loc, Region &region, ExpertAttr expert) {
+  assert(!expert.getClamp() && "clamps have no scalar formula yet");
+  OpBuilder::InsertionGuard guard(builder);
+  Type f32 = builder.getF32Type();
+  SmallVector<Type> types(expert.getParts(), f32);
+  SmallVector<Location> locs(types.size(), loc);
+  Block *block = builder.createBlock(&region, region.end(), types, locs);
+  Formula f{builder, loc};
+  Value result = f.activation(expert.getActivation(), block->getArgument(0));
+  if (expert.getForm() == ExpertForm::Glu)
+    result = f.mul(result, block->getArgument(1));
+  YieldOp::create(builder, loc, result);
+}

@@ -1,0 +1,173 @@
+//===- MoETaskOps.cpp - what one thread does ------------------------------===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#include "OpHelpers.h"
+
+using namespace mlir;
+using namespace mlir::moe;
+using namespace mlir::moe::opimpl;
+
+//===----------------------------------------------------------------------===//
+// StageOp
+//===----------------------------------------------------------------------===//
+
+void StageOp::build(OpBuilder &builder, OperationState &state, StringRef label, bool withTail) {
+  OpBuilder::InsertionGuard guard(builder);
+  state.getOrAddProperties<Properties>().label = builder.getStringAttr(label);
+  Region *body = state.addRegion();
+  Type index = builder.getIndexType();
+  builder.createBlock(body, body->end(), {index, index}, {state.location, state.location});
+  ensureTerminator(*body, builder, state.location);
+  Region *tail = state.addRegion();
+  if (withTail) {
+    builder.createBlock(tail);
+    ensureTerminator(*tail, builder, state.location);
+  }
+}
+
+// moe.stage "up" body(%lane, %lanes) { … } [tail { … }] [attributes {…}]
+ParseResult StageOp::parse(OpAsmParser &parser, OperationState &state) {
+  OpAsmParser::Argument lane, lanes;
+  Type index = parser.getBuilder().getIndexType();
+  lane.type = lanes.type = index;
+  StringAttr label;
+  Region *body = state.addRegion(), *tail = state.addRegion();
+  if (parser.parseAttribute(label) || parser.parseKeyword("body") || parser.parseLParen() ||
+      parser.parseArgument(lane) || parser.parseComma() || parser.parseArgument(lanes) ||
+      parser.parseRParen() || parser.parseRegion(*body, {lane, lanes}))
+    return failure();
+  ensureTerminator(*body, parser.getBuilder(), state.location);
+  if (succeeded(parser.parseOptionalKeyword("tail"))) {
+    if (parser.parseRegion(*tail))
+      return failure();
+    ensureTerminator(*tail, parser.getBuilder(), state.location);
+  }
+  state.getOrAddProperties<Properties>().label = label;
+  return parser.parseOptionalAttrDictWithKeyword(state.attributes);
+}
+
+void StageOp::print(OpAsmPrinter &printer) {
+  printer << " " << getLabelAttr() << " body(" << getLane() << ", " << getLanes() << ") ";
+  printer.printRegion(getBody(), /*printEntryBlockArgs=*/false,
+                      /*printBlockTerminators=*/false);
+  if (!getTail().empty()) {
+    printer << " tail ";
+    printer.printRegion(getTail(), /*printEntryBlockArgs=*/false,
+                        /*printBlockTerminators=*/false);
+  }
+  printer.printOptionalAttrDictWithKeyword((*this)->getAttrs(), {getLabelAttrName()});
+}
+
+LogicalResult StageOp::verify() {
+  // stage_c1
+  if (getBody().getNumArguments() != 2 || !getBody().getArgument(0).getType().isIndex() ||
+      !getBody().getArgument(1).getType().isIndex())
+    return emitOpError("expected a body with two index arguments (lane, lanes)");
+  if (!getTail().empty() && getTail().getNumArguments())
+    return emitOpError() << "expected a tail without arguments, but got "
+                         << getTail().getNumArguments();
+  // stage_c2
+  if ((*this)->getParentOfType<StageOp>())
+    return emitOpError("expected a stage outside other stages");
+  return success();
+}
+
+//===----------------------------------------------------------------------===//
+// Tasks
+//===----------------------------------------------------------------------===//
+
+LogicalResult ClaimOp::verify() {
+  // claim_c1
+  int64_t counter = getCounter();
+  if (counter < 0 || counter >= 16)
+    return emitOpError() << "expected counter in [0, 16), but got " << counter;
+  return success();
+}
+
+LogicalResult PackRowsOp::verify() {
+  // pack_rows_c1
+  if (bool(getPair()) != bool(getSlots()))
+    return emitOpError("expected via(%pair, %k), but got one of them");
+  return success();
+}
+
+LogicalResult GemmTileOp::verify() {
+  WeightType weight = opimpl::getWeightType(getWeight());
+  bool hasRegion = !getEpilogue().empty();
+  bool combine = getForm() == ResultForm::Combine;
+  // gemm_tile_c2
+  if (hasRegion && failed(verifyEpilogue(*this, getEpilogue(), weight.getParts())))
+    return failure();
+  // gemm_tile_c3
+  if (bool(getPair()) != bool(getWeights()) || bool(getPair()) != bool(getSlots()))
+    return emitOpError("expected pair, weights and slots together, but got some of them");
+  if (!combine && (getPair() || getComputeAttr()))
+    return emitOpError("expected via and compute with into combine only");
+  if (combine && !getComputeAttr())
+    return emitOpError("expected compute with into combine, but got none");
+  if (combine && !hasRegion && weight.getParts() != 1)
+    return emitOpError() << "expected one part or a region with into combine, but got "
+                         << weight.getParts() << " parts";
+  // gemm_tile_c4
+  if ((getForm() != ResultForm::Blocked) != bool(getRow()))
+    return emitOpError() << "expected row with into rows and into combine, and only there";
+  // gemm_tile_c5
+  if (getForm() == ResultForm::Blocked && !hasRegion && weight.getParts() != 1)
+    return emitOpError() << "expected one part or a region with into blocked, but got "
+                         << weight.getParts() << " parts";
+  int64_t rank = getForm() == ResultForm::Blocked ? 1 : combine ? 3 : 0;
+  if (getForm() == ResultForm::Rows)
+    rank = weight.getParts() > 1 && !hasRegion ? 3 : 2;
+  if (getRank(getOut()) != rank)
+    return emitOpError() << "expected a result of rank " << rank << " into "
+                         << stringifyResultForm(getForm()) << ", but got " << getRank(getOut());
+  if (getForm() != ResultForm::Rows &&
+      !cast<MemRefType>(getOut().getType()).getElementType().isF32())
+    return emitOpError() << "expected a result of f32 into " << stringifyResultForm(getForm())
+                         << ", but got " << getOut().getType();
+  if (combine &&
+      (failed(verifyDim(*this, getOut(), 0, getUkernel().getPanels(), "panels of the scratch")) ||
+       failed(verifyDim(*this, getOut(), 2, 32, "columns of the scratch"))))
+    return failure();
+  return success();
+}
+
+LogicalResult SelectExpertsOp::verify() {
+  int64_t topK = getRouter().getTopK(), experts = getExperts();
+  if (experts < 1)
+    return emitOpError() << "expected experts to be positive, but got " << experts;
+  if (topK > experts)
+    return emitOpError() << "expected top_k at most experts E = " << experts << ", but got "
+                         << topK;
+  // select_experts_c1
+  if (failed(verifyDim(*this, getOutWeights(), 1, topK, "chosen experts K of the weights")) ||
+      failed(verifyDim(*this, getOutExperts(), 1, topK, "chosen experts K of the experts")))
+    return failure();
+  // select_experts_c2, select_experts_c3
+  int64_t width = getDim(getLogits(), 1);
+  if (!ShapedType::isDynamic(width) && width < experts)
+    return emitOpError() << "expected logits at least E = " << experts << " wide, but got "
+                         << width;
+  if (getOutLogits())
+    return verifyDim(*this, getOutLogits(), 1, experts, "experts E of the logits");
+  return success();
+}
+
+/// The scratch of panels: [panels, T, 32].
+static LogicalResult verifyScratch(Operation *op, Value scratch, int64_t panels) {
+  if (panels < 1)
+    return op->emitOpError() << "expected panels to be positive, but got " << panels;
+  if (getRank(scratch) != 3)
+    return op->emitOpError() << "expected a scratch of rank 3 [panels, T, 32], but got "
+                             << scratch.getType();
+  if (failed(verifyDim(op, scratch, 0, panels, "panels of the scratch")))
+    return failure();
+  return verifyDim(op, scratch, 2, 32, "columns of the scratch");
+}
+
+LogicalResult BeginPanelsOp::verify() { return verifyScratch(*this, getScratch(), getPanels()); }
+LogicalResult EndPanelsOp::verify() { return verifyScratch(*this, getScratch(), getPanels()); }
