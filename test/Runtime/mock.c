@@ -157,7 +157,9 @@ static inline void down(const spec *s, int yd, moec_frame *f, int32_t lane, int3
                                       e##c##10 [] = {up##c##1, down##c##0},                        \
                                       e##c##11 [] = {up##c##1, down##c##1};
 CODE(0)
-ROUTER(0) EXPERTS(0) CODE(1) ROUTER(1) EXPERTS(1)
+ROUTER(0)
+EXPERTS(0)
+CODE(1) ROUTER(1) EXPERTS(1)
     CODE(2) static const moec_stage_fn e200[] = {up20, down20},
                                        e211[] = {up21, down21}; /* no mixed types */
 

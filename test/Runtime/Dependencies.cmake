@@ -1,0 +1,33 @@
+# cmake -DLIBRARY=libmoec.so.1 -DHEADER=moec.h -DMAP=libmoec.map -P Dependencies.cmake
+# libmoec needs libc and libm alone, and exports exactly the functions of moec.h.
+execute_process(COMMAND readelf -d ${LIBRARY} OUTPUT_VARIABLE dynamic COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL "NEEDED[^\n]*\\[[^]]*\\]" needed "${dynamic}")
+foreach(line IN LISTS needed)
+  string(REGEX REPLACE ".*\\[(.*)\\]" "\\1" name "${line}")
+  if(NOT name MATCHES "^lib[cm]\\.so\\.6$")
+    message(SEND_ERROR "expected to need libc.so.6 and libm.so.6 alone, but got ${name}")
+  endif()
+endforeach()
+if(NOT dynamic MATCHES "SONAME[^\n]*\\[libmoec\\.so\\.1\\]")
+  message(SEND_ERROR "expected the soname libmoec.so.1, but got:\n${dynamic}")
+endif()
+
+execute_process(COMMAND nm -D --defined-only ${LIBRARY} OUTPUT_VARIABLE symbols
+  COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL " [A-Z] [^\n@]+" symbols "${symbols}")
+set(exported)
+foreach(symbol IN LISTS symbols)
+  string(SUBSTRING "${symbol}" 3 -1 symbol)
+  if(NOT symbol STREQUAL "MOEC_1")
+    list(APPEND exported ${symbol})
+  endif()
+endforeach()
+list(SORT exported)
+
+file(READ ${HEADER} header)
+string(REGEX MATCHALL "MOEC_API [a-z0-9_ *]*moec_[a-z_]+\\(" declared "${header}")
+list(TRANSFORM declared REPLACE ".*[ *](moec_[a-z_]+)\\($" "\\1")
+list(SORT declared)
+if(NOT exported STREQUAL declared)
+  message(SEND_ERROR "expected the functions of moec.h:\n${declared}\nbut got:\n${exported}")
+endif()
