@@ -16,8 +16,11 @@ CONSUMER = ROOT / "test/package/consumer"
 
 
 def run(*command, **options):
+    # The build tree's package must not stand in for an installed one.
+    environment = dict(options.pop("env", os.environ))
+    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, **options
+        [str(part) for part in command], capture_output=True, text=True, env=environment, **options
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
