@@ -86,9 +86,9 @@ static inline void up(const spec *s, int xd, moec_frame *f, int32_t lane, int32_
   (void)lanes;
   float *h = (float *)f->workspace;
   const void *w = f->weights[s->dense ? 0 : 1];
-  mock_float_mode = _mm_getcsr();
-  if (!lane && f->tokens > mock_most_tokens)
-    mock_most_tokens = f->tokens;
+  __atomic_store_n(&mock_float_mode, _mm_getcsr(), __ATOMIC_RELAXED);
+  if (!lane && f->tokens > __atomic_load_n(&mock_most_tokens, __ATOMIC_RELAXED))
+    __atomic_store_n(&mock_most_tokens, f->tokens, __ATOMIC_RELAXED);
   int64_t k_slots = f->slots;
   for (int64_t r; (r = take(f, 2)) < f->tokens * k_slots;) {
     int64_t t = r / k_slots, e = s->dense ? 0 : f->experts[r];
@@ -159,7 +159,8 @@ static inline void down(const spec *s, int yd, moec_frame *f, int32_t lane, int3
 CODE(0)
 ROUTER(0)
 EXPERTS(0)
-CODE(1) ROUTER(1) EXPERTS(1)
+CODE(1)
+ROUTER(1) EXPERTS(1)
     CODE(2) static const moec_stage_fn e200[] = {up20, down20},
                                        e211[] = {up21, down21}; /* no mixed types */
 
