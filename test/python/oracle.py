@@ -399,3 +399,49 @@ def check_routing(ids: Any, exact: Any, router: Any, x: Any, unit: float, what: 
         f"expected {theirs[wrong[0]]}"
     )
     return clear
+
+
+def poisoned(shape: Any, dtype: torch.dtype) -> torch.Tensor:
+    """An output that nobody has written yet: all NaN."""
+    return torch.full(tuple(shape), math.nan, dtype=dtype)
+
+
+def check_layer(layer: Any, block: Block, x: torch.Tensor, dtype: str, what: str) -> None:
+    """One layer of a library on x [T,H] in the model's dtype: routing, experts with routing given,
+    and the whole, against float64 and transformers."""
+    ref, h, f = block.reference(), block.spec["H"], block.spec["F"]
+    y = layer(x, out=poisoned(x.shape, x.dtype))
+    if block.kind == "dense":
+        check_close(y, ref(x), block(x), dtype, h, f, what)
+        return
+
+    exact = ref.routing(x)
+    ids, weights, logits = layer.route(x, logits=True)
+    assert ids.dtype == torch.int32 and weights.dtype == torch.float32
+    router = block.weights["router"]
+    # The router computes in f32 from exact inputs, whatever the model's dtype.
+    clear = check_routing(ids, exact, router, x, 2**-24, what)
+    size = np.linalg.norm(wide(x), axis=-1) * np.linalg.norm(wide(router), axis=-1).max()
+    slack = 2**-24 * math.sqrt(h) * size[:, None] + 1e-6
+    assert (np.abs(wide(logits) - exact.logits) <= slack).all(), f"{what}: logits"
+    assert (np.diff(wide(weights)) <= 0).all(), f"{what}: weights do not fall"
+    # A weight is at most as far off, relatively, as the logits of a row are from each other.
+    where, there = np.argsort(wide(ids), -1), np.argsort(exact.experts, -1)
+    ours = np.take_along_axis(wide(weights), where, -1)[clear]
+    theirs = np.take_along_axis(exact.weights, there, -1)[clear]
+    assert (np.abs(ours - theirs) <= 4 * slack[clear] * theirs).all(), f"{what}: weights"
+
+    # The experts alone, with transformers' own choice.
+    ids, weights = block.route(x)
+    given = layer.experts(x, ids, weights, out=poisoned(x.shape, x.dtype))
+    expected, own = ref.experts(x, ids, weights), block.experts(x, ids, weights)
+    check_close(given, expected, own, dtype, h, f, what + " experts given")
+
+    # The whole layer, where the choice is not within rounding.
+    clear = torch.from_numpy(clear)
+    if dtype == "f32":
+        own = block(x)
+    else:  # transformers rounds its logits to bf16 and chooses others: it gets the exact choice
+        ids, weights = torch.from_numpy(exact.experts), torch.from_numpy(exact.weights)
+        own = block.experts(x, ids.long(), weights.float())
+    check_close(y[clear], ref(x)[clear], own[clear], dtype, h, f, what)
