@@ -19,7 +19,7 @@ they are widened to float64 exactly.
     gate_up       [E,2F,H] or [E,2,F,H]    rows of gate, then rows of up ("mlp": up alone, [E,F,H])
     down          [E,H,F]
     router_bias   [E]                      added to the logits
-    select_bias   [E]                      added for the choice only
+    selection_bias [E]                     added for the choice only
     gate_up_bias  [E,2F]                   biases of the experts, as down_bias [E,H]
     shared_gate_up [2S,H], shared_down [H,S], shared_gate [1,H]: the shared expert, its scalar gate
 A dense layer has gate_up [2F,H] and down [H,F] (a leading 1 is accepted).
@@ -110,42 +110,75 @@ SCORES = {
     "sqrt_softplus": lambda z: np.sqrt(np.logaddexp(0.0, z)),
 }
 
-_DEFAULTS: dict[str, dict[str, Any]] = {
+# Every attribute of a layer's spec (the keys of a *.moe.json), its default, and the values that the
+# formula below has. An attribute without a list of values is a number or a flag.
+_ATTRIBUTES: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "router": {
-        "score": "softmax",  # softmax | sigmoid | sqrt_softplus
-        "when": "pre",  # pre: score all E, then choose | post: choose by logit, then score those
-        # none | sum: w / (sum + eps) | clamp: w / max(sum, eps) | lp: w / (sum w^p)^(1/p)
-        "renorm": "none",
-        "eps": 0.0,
-        "p": 1.0,
-        "scale": 1.0,  # times every weight
-        "logit_scale": 1.0,
-        "softcap": 0.0,  # c * tanh(z / c), 0: none
-        "select_bias": "none",  # none | score | logit: what the bias of the choice is added to
-        "groups": None,  # {"n", "top", "score": "max" | "top2", "fill": 0.0 | -inf}
+        "input": ("plain", ("plain",)),
+        "logit_bias": (False, ()),
+        "logit_transform": ("none", ("none", "scale", "softcap")),  # c * z | c * tanh(z / c)
+        "logit_constant": (1.0, ()),  # c
+        "score": ("softmax", tuple(SCORES)),
+        # score all E, then choose K | choose K logits, then score those
+        "order": ("score_then_select", ("score_then_select", "select_then_score")),
+        "selection_bias": ("none", ("none", "score", "logit")),  # what it is added to
+        "groups": (1, ()),
+        "groups_kept": (1, ()),
+        "group_reduce": ("max", ("max", "sum_top2")),
+        "group_fill": ("neg_inf", ("zero", "neg_inf")),
+        "select": ("top_k", ("top_k",)),
+        # w / (sum + epsilon) | w / max(sum, epsilon) | w / (sum of |w|^p)^(1/p)
+        "renormalize": ("none", ("none", "sum", "clamp_sum", "lp_norm")),
+        "epsilon": (0.0, ()),
+        "norm_power": (1.0, ()),  # p
+        "scale": ("constant", ("constant",)),
+        "scale_value": (1.0, ()),
+        "extra_rows": ("none", ("none",)),
+        "capacity": ("none", ("none",)),
     },
     "expert": {
-        "form": "glu",  # glu: down(act(gate) * up) | mlp: down(act(up))
-        "act": "silu",
-        "clamp": "none",  # none | pre | post | oai
-        "limit": math.inf,
-        "alpha": 1.702,
+        "form": ("glu", ("glu", "mlp")),  # down(act(gate) * up) | down(act(up))
+        "activation": ("silu", tuple(ACTIVATIONS)),
+        "clamp": ("none", ("none", "pre", "post", "oai")),
+        "clamp_limit": (math.inf, ()),
+        "clamp_alpha": (1.702, ()),
+        "bias": (False, ()),
+        "latent": (0, (0,)),
+        "latent_norm": (False, (False,)),
+        "expert_norm": (False, (False,)),
     },
     "combine": {
-        "apply": "output",  # output: w * f(x) | input: f(w * x)
-        "scale": 1.0,  # times the routed sum
-        "join": "add",  # how the shared expert joins: add | average
-        "shared_act": None,  # activation of the shared expert; None: the routed experts'
+        "apply": ("output", ("output", "input")),  # w * f(x) | f(w * x)
+        "sum_scale": (1.0, ()),
+        "shared": ("none", ("none", "mlp")),
+        "shared_gate": ("none", ("none", "sigmoid")),
+        "join": ("add", ("add", "average")),
+        "output": ("none", ("none",)),
+        "pools": (1, (1,)),
     },
+}
+
+# Attributes that say how a model rounds or how wide something is; a formula has no use for them.
+_IGNORED = {
+    "router": {
+        "precision",
+        "model_arithmetic",
+        "weight_dtype",
+        "sparsemixer_jitter",
+        "extra_row_count",
+        "capacity_tokens",
+    },
+    "expert": {"act_dtype", "clamp_up_limit"},
+    "combine": {"accumulate", "shared_count", "shared_width"},
 }
 
 
 def normalize(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """One layer's spec with every default filled in; an unknown attribute or value is refused by
-    name.
+    """One layer's spec with every default filled in.
 
-    Keys: kind ("moe" | "dense"), H, F, E, K, and the groups router, expert, combine, whose
-    attributes and defaults are `_DEFAULTS` above.
+    Keys: kind ("moe" | "dense"), H, F, E, K, and the groups router, expert and combine with the
+    attributes above; what else a layer of a *.moe.json has is left alone. An unknown attribute, or
+    a value the formula does not have, is refused by name.
     """
     out: dict[str, Any] = {"kind": spec.get("kind", "moe")}
     if out["kind"] not in ("moe", "dense"):
@@ -156,30 +189,18 @@ def normalize(spec: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}: expected at least 1, but got {out[key]}")
     if out["kind"] == "moe" and out["K"] > out["E"]:
         raise ValueError(f"K: expected at most E = {out['E']}, but got {out['K']}")
-    for group, defaults in _DEFAULTS.items():
+    for group, attributes in _ATTRIBUTES.items():
         given = dict(spec.get(group) or {})
-        unknown = sorted(set(given) - set(defaults))
-        if unknown:
-            known = ", ".join(defaults)
-            raise ValueError(f"{group}.{unknown[0]}: expected one of {known}, but got this name")
-        out[group] = {**defaults, **given}
-    _one_of(out, "router", "score", SCORES)
-    _one_of(out, "router", "when", ("pre", "post"))
-    _one_of(out, "router", "renorm", ("none", "sum", "clamp", "lp"))
-    _one_of(out, "router", "select_bias", ("none", "score", "logit"))
-    _one_of(out, "expert", "form", ("glu", "mlp"))
-    _one_of(out, "expert", "act", ACTIVATIONS)
-    _one_of(out, "expert", "clamp", ("none", "pre", "post", "oai"))
-    _one_of(out, "combine", "apply", ("output", "input"))
-    _one_of(out, "combine", "join", ("add", "average"))
+        for key in sorted(set(given) - set(attributes) - _IGNORED[group]):
+            known = ", ".join(attributes)
+            raise ValueError(f"{group}.{key}: expected one of {known}, but got this name")
+        out[group] = {key: given.get(key, default) for key, (default, _) in attributes.items()}
+        for key, (_, values) in attributes.items():
+            if values and out[group][key] not in values:
+                known = ", ".join(map(str, values))
+                got = out[group][key]
+                raise ValueError(f"{group}.{key}: expected one of {known}, but got {got!r}")
     return out
-
-
-def _one_of(spec: dict[str, Any], group: str, key: str, values: Any) -> None:
-    if spec[group][key] not in values:
-        raise ValueError(
-            f"{group}.{key}: expected one of {', '.join(values)}, but got {spec[group][key]!r}"
-        )
 
 
 class Reference:
@@ -208,7 +229,7 @@ class Reference:
             self._shapes |= {
                 "router": (s["E"], s["H"]),
                 "router_bias": (s["E"],),
-                "select_bias": (s["E"],),
+                "selection_bias": (s["E"],),
             }
         needed = ["gate_up", "down"] + (["router"] if s["kind"] == "moe" else [])
         for role in needed:
@@ -251,33 +272,37 @@ class Reference:
         x, _ = self._tokens(x)
         r, k = self.spec["router"], self.spec["K"]
         with np.errstate(all="ignore"):  # NaN and infinity are data here
-            z = r["logit_scale"] * (x @ self._weight("router").T)
-            bias = self._weight("router_bias")
-            z = z if bias is None else z + bias
-            z = r["softcap"] * np.tanh(z / r["softcap"]) if r["softcap"] else z
-            scores = SCORES[r["score"]](z) if r["when"] == "pre" else z
+            z = x @ self._weight("router").T
+            if r["logit_bias"]:
+                z = z + self._weight("router_bias")
+            if r["logit_transform"] == "scale":
+                z = r["logit_constant"] * z
+            elif r["logit_transform"] == "softcap":
+                z = r["logit_constant"] * np.tanh(z / r["logit_constant"])
+            scores = SCORES[r["score"]](z) if r["order"] == "score_then_select" else z
 
             choice = scores
-            if r["select_bias"] == "score":
-                choice = scores + self._weight("select_bias")
-            elif r["select_bias"] == "logit":
-                choice = z + self._weight("select_bias")
-            if r["groups"]:
-                choice = self._keep_groups(choice, r["groups"])
+            if r["selection_bias"] == "score":
+                choice = scores + self._weight("selection_bias")
+            elif r["selection_bias"] == "logit":
+                choice = z + self._weight("selection_bias")
+            if r["groups"] > 1:
+                choice = self._keep_groups(choice)
 
             # A stable sort of the negated scores: falling score, equal scores by rising id.
             order = np.argsort(-choice, axis=-1, kind="stable")
             idx = order[:, :k]
             w = np.take_along_axis(scores, idx, -1)
-            if r["when"] == "post":
+            if r["order"] == "select_then_score":
                 w = SCORES[r["score"]](w)
-            if r["renorm"] == "sum":
-                w = w / (w.sum(-1, keepdims=True) + r["eps"])
-            elif r["renorm"] == "clamp":
-                w = w / np.maximum(w.sum(-1, keepdims=True), r["eps"])
-            elif r["renorm"] == "lp":
-                w = w / (np.abs(w) ** r["p"]).sum(-1, keepdims=True) ** (1.0 / r["p"])
-            w = w * r["scale"]
+            if r["renormalize"] == "sum":
+                w = w / (w.sum(-1, keepdims=True) + r["epsilon"])
+            elif r["renormalize"] == "clamp_sum":
+                w = w / np.maximum(w.sum(-1, keepdims=True), r["epsilon"])
+            elif r["renormalize"] == "lp_norm":
+                p = r["norm_power"]
+                w = w / (np.abs(w) ** p).sum(-1, keepdims=True) ** (1.0 / p)
+            w = w * r["scale_value"]
 
             gap = np.full(len(x), np.inf)
             logit_gap = gap.copy()
@@ -285,21 +310,22 @@ class Reference:
                 pair = order[:, k - 1 : k + 1]
                 gap = -np.diff(np.take_along_axis(choice, pair, -1), axis=-1)[:, 0]
                 logit_gap = -np.diff(np.take_along_axis(z, pair, -1), axis=-1)[:, 0]
-                if r["select_bias"] != "none" or r["groups"]:
+                if r["selection_bias"] != "none" or r["groups"] > 1:
                     logit_gap = np.full(len(x), np.nan)
         return Routing(idx.astype(np.int32), w, z, choice, gap, logit_gap)
 
-    def _keep_groups(self, choice: np.ndarray, groups: Mapping[str, Any]) -> np.ndarray:
+    def _keep_groups(self, choice: np.ndarray) -> np.ndarray:
         """Experts outside the best groups get the fill score."""
-        per_group = choice.reshape(len(choice), groups["n"], -1)
-        if groups.get("score", "top2") == "max":
+        r = self.spec["router"]
+        per_group = choice.reshape(len(choice), r["groups"], -1)
+        if r["group_reduce"] == "max":
             best = per_group.max(-1)
         else:
             best = np.sort(per_group, -1)[..., -2:].sum(-1)
-        kept = np.argsort(-best, axis=-1, kind="stable")[:, : groups["top"]]
+        kept = np.argsort(-best, axis=-1, kind="stable")[:, : r["groups_kept"]]
         mask = np.zeros(best.shape, bool)
         np.put_along_axis(mask, kept, True, -1)
-        fill = groups.get("fill", -math.inf)
+        fill = 0.0 if r["group_fill"] == "zero" else -math.inf
         return np.where(mask[..., None], per_group, fill).reshape(choice.shape)
 
     def route(self, x: Any, logits: bool = False) -> tuple[np.ndarray, ...]:
@@ -317,7 +343,7 @@ class Reference:
             self._weight("down", e),
             self._weight("gate_up_bias", e),
             self._weight("down_bias", e),
-            self.spec["expert"]["act"],
+            self.spec["expert"]["activation"],
         )
 
     def _mlp(self, rows, gate_up, down, gate_up_bias, down_bias, act_name):
@@ -330,14 +356,17 @@ class Reference:
         else:
             gate, up = np.split(h, 2, axis=-1)
             if s["clamp"] in ("pre", "oai"):
-                gate, up = np.minimum(gate, s["limit"]), np.clip(up, -s["limit"], s["limit"])
+                gate, up = (
+                    np.minimum(gate, s["clamp_limit"]),
+                    np.clip(up, -s["clamp_limit"], s["clamp_limit"]),
+                )
             if s["clamp"] == "oai":
-                h = (up + 1.0) * gate * _sigmoid(s["alpha"] * gate)
+                h = (up + 1.0) * gate * _sigmoid(s["clamp_alpha"] * gate)
             else:
                 gate = act(gate)
                 if s["clamp"] == "post":
-                    gate = np.minimum(gate, s["limit"])
-                    up = np.clip(up, -s["limit"], s["limit"])
+                    gate = np.minimum(gate, s["clamp_limit"])
+                    up = np.clip(up, -s["clamp_limit"], s["clamp_limit"])
                 h = gate * up
         y = h @ down.T
         return y if down_bias is None else y + down_bias
@@ -377,15 +406,15 @@ class Reference:
                 return self._expert(0, x).reshape(*lead, self.spec["H"])
             r = self.routing(x)
             y = self._routed(x, r.experts.astype(np.int64), r.weights)
-            y = y * self.spec["combine"]["scale"]
-            if "shared_gate_up" in self.weights:
-                act = self.spec["combine"]["shared_act"] or self.spec["expert"]["act"]
-                shared = self._mlp(
-                    x, self._weight("shared_gate_up"), self._weight("shared_down"), None, None, act
-                )
-                if "shared_gate" in self.weights:
+            c = self.spec["combine"]
+            y = y * c["sum_scale"]
+            if c["shared"] == "mlp":
+                act = self.spec["expert"]["activation"]
+                gate_up, down = self._weight("shared_gate_up"), self._weight("shared_down")
+                shared = self._mlp(x, gate_up, down, None, None, act)
+                if c["shared_gate"] == "sigmoid":
                     shared = shared * _sigmoid(x @ self._weight("shared_gate").reshape(1, -1).T)
-                y = (y + shared) * (0.5 if self.spec["combine"]["join"] == "average" else 1.0)
+                y = (y + shared) * (0.5 if c["join"] == "average" else 1.0)
         return y.reshape(*lead, self.spec["H"])
 
 

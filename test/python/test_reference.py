@@ -78,16 +78,16 @@ def tiny(**spec):
 
 
 def test_post_softmax_is_pre_softmax_renormalised():
-    pre, x = tiny(router={"when": "pre", "renorm": "sum"})
-    post, _ = tiny(router={"when": "post"})
+    pre, x = tiny(router={"renormalize": "sum"})
+    post, _ = tiny(router={"order": "select_then_score"})
     np.testing.assert_allclose(pre(x), post(x), rtol=1e-13)
 
 
 def test_scale_and_eps():
     plain, x = tiny()
-    scaled, _ = tiny(router={"scale": 2.5})
+    scaled, _ = tiny(router={"scale_value": 2.5})
     np.testing.assert_allclose(scaled(x), 2.5 * plain(x), rtol=1e-13)
-    eps, _ = tiny(router={"renorm": "sum", "eps": 0.5})
+    eps, _ = tiny(router={"renormalize": "sum", "epsilon": 0.5})
     w = plain.routing(x).weights
     np.testing.assert_allclose(
         eps.routing(x).weights, w / (w.sum(-1, keepdims=True) + 0.5), rtol=1e-14
@@ -161,8 +161,8 @@ def test_bf16_rounding_mode_rounds_inputs_and_weights():
     [
         ({"K": 5}, "K: expected at most E = 4, but got 5"),
         ({"F": 0}, "F: expected at least 1, but got 0"),
-        ({"expert": {"act": "swish"}}, "expert.act: expected one of silu"),
-        ({"router": {"topk": 2}}, "router.topk: expected one of score"),
+        ({"expert": {"activation": "swish"}}, "expert.activation: expected one of silu"),
+        ({"router": {"topk": 2}}, "router.topk: expected one of input"),
     ],
 )
 def test_a_wrong_spec_is_refused_by_name(change, message):
