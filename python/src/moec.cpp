@@ -751,7 +751,7 @@ NB_MODULE(_moec, m) {
                           {std::move(routerX), std::move(tokenIds), std::move(tokenTypes),
                            std::move(sequences), std::move(state)});
           },
-          "x"_a, nb::kw_only(), "out"_a = nb::none(), "accumulate"_a = false,
+          "x"_a.none(), nb::kw_only(), "out"_a = nb::none(), "accumulate"_a = false,
           "token_ids"_a = nb::none(), "token_types"_a = nb::none(), "sequences"_a = nb::none(),
           "router_x"_a = nb::none(), "state"_a = nb::none(),
           "y [..., H] = the layer of x [..., H].\n\n"
@@ -766,17 +766,17 @@ NB_MODULE(_moec, m) {
                            {std::move(routerX), std::move(tokenIds), std::move(tokenTypes),
                             std::move(sequences), std::move(state)});
           },
-          "x"_a, "logits"_a = false, nb::kw_only(), "token_ids"_a = nb::none(),
+          "x"_a.none(), "logits"_a = false, nb::kw_only(), "token_ids"_a = nb::none(),
           "token_types"_a = nb::none(), "sequences"_a = nb::none(), "router_x"_a = nb::none(),
           "state"_a = nb::none(),
           "(ids int32 [T,K], weights float32 [T,K][, logits float32 [T,E]]), best first, ties by "
           "rising id. T counts the tokens of all leading dimensions.")
-      .def("experts", &Layer::experts, "x"_a, "idx"_a, "w"_a, nb::kw_only(), "out"_a = nb::none(),
-           "accumulate"_a = false, "skip_foreign"_a = false,
+      .def("experts", &Layer::experts, "x"_a.none(), "idx"_a.none(), "w"_a.none(), nb::kw_only(),
+           "out"_a = nb::none(), "accumulate"_a = false, "skip_foreign"_a = false,
            "y [..., H] = the sum over k of w[t,k] * expert idx[t,k] of x, any k; the router is not "
            "asked.\n\nidx int32 or int64 [..., k]; -1 is no expert; skip_foreign: other ids "
            "outside 0 ... E-1 are no expert either (else E-EXPERT-ID).\nw f32 or bf16 [..., k].")
-      .def("set_weight", &Layer::setWeight, "role"_a, "tensor"_a, "expert"_a = -1,
+      .def("set_weight", &Layer::setWeight, "role"_a, "tensor"_a.none(), "expert"_a = -1,
            "Packs a weight from memory: role \"gate\", \"up\", \"gate_up\", \"down\" or "
            "\"router\", of one expert or of all (-1). The layer must not be running.")
       .def("__repr__",
