@@ -90,6 +90,7 @@ def compiled(tmp_path_factory):
     made: dict[tuple[str, str], Compiled] = {}
 
     def get(row: str, dtype: str) -> Compiled:
+        driver()
         if (row, dtype) not in made:
             folder = tmp_path_factory.mktemp(f"{row}-{dtype}")
             checkpoint = oracle.make_checkpoint(row, dtype, folder / "checkpoint")

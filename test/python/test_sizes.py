@@ -9,7 +9,7 @@ import oracle
 import pytest
 import sizes
 import torch
-from conftest import moec_command
+from conftest import driver, moec_command
 
 DTYPES = ("f32", "bf16")
 DENSE = [(8, 1, "relu"), (33, 7, "gelu"), (130, 96, "gelu_tanh"), (1000, 347, "silu")]
@@ -41,6 +41,7 @@ class Model:
 
 @pytest.fixture(scope="module", params=DTYPES)
 def model(request, tmp_path_factory):
+    driver()
     folder = tmp_path_factory.mktemp(f"sizes-{request.param}")
     return Model(folder, sizes.pairwise(60), request.param)
 
