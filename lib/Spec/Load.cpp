@@ -903,6 +903,8 @@ llvm::Expected<LoadedModel> loadSpec(llvm::StringRef path, const LoadOptions &op
 llvm::Expected<LoadedModel> loadModel(llvm::StringRef path, const ModelTable &table,
                                       const LoadOptions &options) {
   std::string elsewhere = options.shapesOnly ? "" : options.checkpoint;
+  if (!llvm::sys::fs::exists(path))
+    return makeError(ErrorCode::CONFIG, path, "a model folder or file", "nothing there");
   if (llvm::sys::fs::is_directory(path)) {
     llvm::Expected<std::unique_ptr<InputFolder>> folder =
         InputFolder::open(path, options.followLinks);
@@ -926,18 +928,13 @@ llvm::Expected<LoadedModel> loadModel(llvm::StringRef path, const ModelTable &ta
   }
   if (path.ends_with(".moe.json"))
     return loadSpec(path, options);
-  if (!path.ends_with(".json") && llvm::sys::fs::exists(path))
+  if (!path.ends_with(".json"))
     return makeError(ErrorCode::ARGUMENT, path,
                      "a checkpoint folder, a config.json, a *.moe.json or a .mlir file",
                      "another kind of file");
   llvm::Expected<std::unique_ptr<InputFile>> file = InputFile::open(path);
-  if (!file) {
-    if (!llvm::sys::fs::exists(path)) {
-      llvm::consumeError(file.takeError());
-      return makeError(ErrorCode::CONFIG, path, "a model folder or file", "nothing there");
-    }
+  if (!file)
     return file.takeError();
-  }
   llvm::StringRef stem = llvm::sys::path::stem(path);
   llvm::StringRef parent = llvm::sys::path::parent_path(path);
   std::string name = stem != "config" ? identifierFor(stem)

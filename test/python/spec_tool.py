@@ -61,10 +61,19 @@ def safetensors(header: bytes | dict, data: bytes = b"", length: int | None = No
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def refused(name: str, *arguments: object, says: str | tuple[str, ...] = ()) -> SpecError:
+def batch(paths: list[Path], *options: str) -> list[str | dict[str, Any]]:
+    """For each path "ok" or the fields of its error, by one call."""
+    out = tool("--batch", *options, *paths, limit=300).splitlines()
+    assert len(out) == len(paths)
+    return [json.loads(line) for line in out]
+
+
+def refused(
+    name: str, *arguments: object, says: str | tuple[str, ...] = (), limit: float = 60.0
+) -> SpecError:
     """Asserts that a call fails with a code, and that the message holds every phrase of `says`."""
     try:
-        out = tool(*arguments)
+        out = tool(*arguments, limit=limit)
     except SpecError as error:
         assert error.name == name, error
         for phrase in [says] if isinstance(says, str) else says:

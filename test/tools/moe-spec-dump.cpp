@@ -22,7 +22,7 @@
 using namespace moec;
 namespace cl = llvm::cl;
 
-static cl::opt<std::string> input(cl::Positional, cl::desc("MODEL"), cl::Required);
+static cl::list<std::string> inputs(cl::Positional, cl::desc("MODEL..."), cl::OneOrMore);
 static cl::opt<std::string> models("models", cl::desc("folder of shipped rows"));
 static cl::list<std::string> rows("model-rows", cl::desc("a user's rows"));
 static cl::opt<std::string> checkpoint("checkpoint", cl::desc("weights from elsewhere"));
@@ -32,6 +32,7 @@ static cl::opt<bool> shapesOnly("shapes-only");
 static cl::opt<bool> check("check", cl::desc("refuse what is not implemented"));
 static cl::opt<bool> origins("origins");
 static cl::opt<bool> safetensors("safetensors", cl::desc("MODEL is one safetensors file"));
+static cl::opt<bool> batch("batch", cl::desc("one line for each MODEL: `ok`, or the error"));
 static cl::opt<std::string> weight("weight", cl::desc("LAYER:ROLE to write as f32"));
 static cl::opt<std::string> output("o", cl::desc("file of --weight"));
 static cl::opt<std::string> against("against",
@@ -75,11 +76,13 @@ static llvm::Error writeWeight(const LoadedModel &model) {
   return makeError(ErrorCode::ARGUMENT, "--weight", "LAYER:ROLE of this model", weight);
 }
 
-static llvm::Error run() {
+static llvm::Error run(llvm::StringRef input) {
   if (safetensors) {
     llvm::Expected<std::unique_ptr<Checkpoint>> file = Checkpoint::openFile(input);
     if (!file)
       return file.takeError();
+    if (batch)
+      return llvm::Error::success();
     llvm::json::Object out;
     for (const std::string &name : (*file)->names())
       out[llvm::json::fixUTF8(name)] = describe(*(*file)->find(name));
@@ -98,6 +101,8 @@ static llvm::Error run() {
   llvm::Expected<LoadedModel> model = loadModel(input, *table, options);
   if (!model)
     return model.takeError();
+  if (batch)
+    return check ? checkModel(model->spec) : llvm::Error::success();
   if (check)
     if (llvm::Error error = checkModel(model->spec))
       return error;
@@ -129,7 +134,16 @@ int main(int argc, char **argv) {
   cl::ParseCommandLineOptions(argc, argv, "prints what the importer understood\n");
   if (models.empty())
     models = shippedModelRows(argv[0], reinterpret_cast<void *>(&main));
-  llvm::Error error = run();
+  if (batch) {
+    for (const std::string &input : inputs) {
+      if (llvm::Error error = run(input))
+        llvm::outs() << llvm::json::Value(takeErrors(std::move(error)).front().toJSON()) << "\n";
+      else
+        llvm::outs() << "\"ok\"\n";
+    }
+    return 0;
+  }
+  llvm::Error error = run(inputs.front());
   if (!error)
     return 0;
   Error first = takeErrors(std::move(error)).front();
