@@ -7,6 +7,8 @@
 
 #include "moe/InitAll.h"
 #include "moe/Dialect/MoE/IR/MoEDialect.h"
+#include "moe/Dialect/MoE/Transforms/BufferizableOpInterfaceImpl.h"
+#include "moe/Dialect/MoE/Transforms/Passes.h"
 
 #include "mlir/IR/DialectRegistry.h"
 #include "mlir/InitAllDialects.h"
@@ -19,9 +21,10 @@ void mlir::moe::registerAllDialects(DialectRegistry &registry) {
   ::mlir::registerAllExtensions(registry);
   ::mlir::registerAllToLLVMIRTranslations(registry);
   registry.insert<MoEDialect>();
+  registerBufferizableOpInterfaceExternalModels(registry);
 }
 
 void mlir::moe::registerAllPasses() {
   ::mlir::registerAllPasses();
-  // The passes and pipelines of moec register themselves here.
+  registerMoEPasses();
 }

@@ -290,6 +290,10 @@ def MoE_CombineAttr : MoE_Attr<"Combine", "combine"> {
     DefaultValuedParameter<"CombineJoin", "CombineJoin::Add">:$join,
     DefaultValuedParameter<"bool", "false">:$norm,
     DefaultValuedParameter<"bool", "false">:$bias);
+  let builders = [AttrBuilder<(ins), [{
+    return $_get($_ctxt, CombineApply::Output, Real(1.0), 0, SharedGate::None, CombineJoin::Add,
+                 false, false);
+  }]>];
   let assemblyFormat = "(`<` struct(params)^ `>`)?";
   let extraClassDeclaration = [{
     /// As RouterAttr::getUnimplemented.
