@@ -43,8 +43,8 @@ MOE_ENUM_NAMES(Order, "score_then_select", "select_then_score")
 MOE_ENUM_NAMES(SelectionBias, "none", "score", "logit")
 MOE_ENUM_NAMES(GroupReduce, "max", "sum_top2")
 MOE_ENUM_NAMES(GroupFill, "zero", "neg_inf")
-MOE_ENUM_NAMES(Select, "top_k", "table", "sparsemixer", "product_keys", "given")
-MOE_ENUM_NAMES(Renormalize, "none", "sum", "clamp_sum", "lp_norm", "joint")
+MOE_ENUM_NAMES(Select, "top_k", "table", "sparse_mixer", "product_keys", "given")
+MOE_ENUM_NAMES(Renormalize, "none", "sum", "clamp_sum", "lp_norm", "joint_shared")
 MOE_ENUM_NAMES(Scale, "constant", "learned", "per_expert")
 MOE_ENUM_NAMES(ExtraRows, "none", "identity", "skip", "shared")
 MOE_ENUM_NAMES(Capacity, "none", "per_sequence", "all_tokens")
@@ -78,7 +78,7 @@ template <typename Spec, typename V> void visitRouter(Spec &r, V &&v) {
   v("group_reduce", r.groupReduce, false);
   v("group_fill", r.groupFill, false);
   v("select", r.select, false);
-  v("sparsemixer_jitter", r.sparsemixerJitter, false);
+  v("sparse_mixer_jitter", r.sparsemixerJitter, false);
   v("renormalize", r.renormalize, true);
   v("epsilon", r.epsilon, false);
   v("norm_power", r.normPower, false);
