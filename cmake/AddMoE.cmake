@@ -51,18 +51,31 @@ function(moe_set_flags target)
 endfunction()
 
 # One precompiled header for all: parsing these headers costs 6 to 8 seconds in every file.
+function(moe_add_pch)
+  set(header ${PROJECT_SOURCE_DIR}/cmake/MoEPrecompiled.h)
+  file(WRITE ${CMAKE_BINARY_DIR}/moe_pch.cpp.in "// Carries the precompiled header.\n")
+  configure_file(${CMAKE_BINARY_DIR}/moe_pch.cpp.in ${CMAKE_BINARY_DIR}/moe_pch.cpp COPYONLY)
+  add_library(moe_pch STATIC ${CMAKE_BINARY_DIR}/moe_pch.cpp)
+  moe_set_flags(moe_pch)
+  target_precompile_headers(moe_pch PRIVATE ${header})
+  # What the precompiled header depends on besides compiler and flags. ccache takes this instead of
+  # the header's bytes, which hold absolute paths, so build folders share their objects.
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${header})
+  file(SHA256 ${header} hash)
+  file(TIMESTAMP ${MLIR_DIR}/MLIRConfig.cmake stamp UTC)
+  set(sum "${hash} ${MLIR_DIR} ${LLVM_PACKAGE_VERSION} ${stamp}\n")
+  set(extension pch)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    set(extension gch)
+  endif()
+  file(WRITE
+    ${CMAKE_CURRENT_BINARY_DIR}/CMakeFiles/moe_pch.dir/cmake_pch.hxx.${extension}.sum "${sum}")
+endfunction()
+
 function(moe_use_pch target)
-  if(NOT MOE_ENABLE_PCH)
-    return()
+  if(TARGET moe_pch)
+    target_precompile_headers(${target} REUSE_FROM moe_pch)
   endif()
-  if(NOT TARGET moe_pch)
-    file(WRITE ${CMAKE_BINARY_DIR}/moe_pch.cpp.in "// Carries the precompiled header.\n")
-    configure_file(${CMAKE_BINARY_DIR}/moe_pch.cpp.in ${CMAKE_BINARY_DIR}/moe_pch.cpp COPYONLY)
-    add_library(moe_pch STATIC ${CMAKE_BINARY_DIR}/moe_pch.cpp)
-    moe_set_flags(moe_pch)
-    target_precompile_headers(moe_pch PRIVATE ${PROJECT_SOURCE_DIR}/cmake/MoEPrecompiled.h)
-  endif()
-  target_precompile_headers(${target} REUSE_FROM moe_pch)
 endfunction()
 
 function(add_moe_library name)
@@ -104,6 +117,7 @@ if(MOE_ENABLE_CCACHE)
     # The sloppiness is what ccache asks for where a precompiled header is used.
     set(launcher ${CMAKE_COMMAND} -E env
         CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime
+        CCACHE_PCH_EXTSUM=1 CCACHE_BASEDIR=${PROJECT_SOURCE_DIR}
         ${MOE_CCACHE})
     set(CMAKE_C_COMPILER_LAUNCHER ${launcher})
     set(CMAKE_CXX_COMPILER_LAUNCHER ${launcher})
