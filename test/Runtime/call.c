@@ -135,8 +135,12 @@ static void forward(moec_context *c, int layer, double bound) {
       v[j] = values[(2 + j) % 4];
     }
     expect_row(s, x + 2 * s->H, g, v, k, want + 2 * s->H);
-    OK(moec_run(c, layer, &call, &err));
-    CHECK(distance(y, want, T * s->H) < bound);
+    static const int64_t foreign[] = {-2, (int64_t)1 << 32, 1000000, -((int64_t)1 << 33)};
+    for (int i = 0; i < 5; ++i) {
+      given[2][1] = i < 4 ? foreign[i] : s->E;
+      OK(moec_run(c, layer, &call, &err));
+      CHECK(distance(y, want, T * s->H) < bound);
+    }
     call.flags = 0;
 
     /* k = 0: the empty sum. */

@@ -160,9 +160,9 @@ CODE(0)
 ROUTER(0)
 EXPERTS(0)
 CODE(1)
-ROUTER(1) EXPERTS(1)
-    CODE(2) static const moec_stage_fn e200[] = {up20, down20},
-                                       e211[] = {up21, down21}; /* no mixed types */
+ROUTER(1)
+EXPERTS(1) CODE(2) static const moec_stage_fn e200[] = {up20, down20},
+                                              e211[] = {up21, down21}; /* no mixed types */
 
 #define MOE_ENTRIES(c)                                                                             \
   {                                                                                                \

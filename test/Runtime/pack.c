@@ -1,5 +1,10 @@
 /* The packer against the layout's formula, written out here once more; unpack is its inverse. */
 #include "moe/Runtime/Pack.h"
+
+#ifdef PLAIN /* the path of a machine without AVX2 */
+#include "../../lib/Runtime/Pack.c"
+bool moec_has_avx2(void) { return false; }
+#endif
 #include "helpers.h"
 
 static uint16_t half_round(float f) { /* exact for the values used here */
@@ -170,6 +175,18 @@ int main(void) {
   CHECK(moec_pack_scan(MOEC_DT_BF16, 1, 32, &s) == 5);
   big[5] = 3.3895e38f; /* rounds to the largest bf16 */
   CHECK(moec_pack_scan(MOEC_DT_BF16, 1, 32, &s) == -1);
+
+  /* In f16, and in a range of rows: the index is that of the whole matrix. */
+  static uint16_t half[70 * 40];
+  s.data = half;
+  s.dtype = MOEC_DT_F16;
+  s.row_stride = 40;
+  static char expert[5 * 64 * 32 * 4];
+  CHECK(moec_pack_scan(MOEC_DT_BF16, 70, 40, &s) == -1);
+  half[66 * 40 + 3] = 0xfc00; /* -infinity */
+  CHECK(moec_pack_scan(MOEC_DT_BF16, 70, 40, &s) == 66 * 40 + 3);
+  CHECK(moec_pack(expert, MOEC_DT_F32, 1, 0, 70, 40, 64, 70, &s) == 66 * 40 + 3);
+  CHECK(moec_pack(expert, MOEC_DT_F32, 1, 0, 70, 40, 0, 64, &s) == -1);
 
   /* Sizes by hand: 70 rows in parts of 16 are 5 panels of 64 x 32; Mixtral's gate_up. */
   CHECK(moec_pack_expert_bytes(MOEC_DT_BF16, 2, 70, 40) == 5 * 64 * 32 * 2);

@@ -199,9 +199,15 @@ static void count_task(void *arg, int32_t i) {
 static moec_executor *shared;
 static moec_model *shared_model;
 static void *caller(void *arg) {
-  moec_context *c = context(shared_model, shared, 16);
+  moec_context_options o;
+  MOEC_INIT(o);
+  o.executor = shared;
+  o.max_tokens = 16;
+  moec_context *c = NULL;
   float y[T * H];
   moec_error mine;
+  if (moec_context_create(shared_model, &o, &c, &mine))
+    __atomic_fetch_add((int *)arg, 1, __ATOMIC_RELAXED);
   for (int i = 0; i < 200; ++i) {
     tensor tx, ty;
     moec_call call;
@@ -355,7 +361,7 @@ static void workspaces(moec_model *m) {
     int32_t ids[T * 8];
     for (int i = 0; i < T * 8; ++i) {
       ids[i] = (i * 7 + i / 8) % (E + 1) - 1;
-      w[i] = 0.125f;
+      w[i] = 0.125f * (float)(1 + i % 13);
     }
     tensor tx, ty, ti, tw;
     moec_call call;
@@ -371,8 +377,52 @@ static void workspaces(moec_model *m) {
       OK(moec_run(big, 0, &call, &err));
       CHECK(!memcmp(y, reference, sizeof y));
       moec_context_destroy(big);
+
+      /* Rows with gaps: every chunk begins at the right one. */
+      static float wide_x[T * 2 * H], wide_y[T * 3 * H], wide_w[T * 8];
+      static int32_t wide_ids[T * 8];
+      for (int t = 0; t < T; ++t) {
+        memcpy(wide_x + t * 2 * H, x + t * H, H * 4);
+        memcpy(wide_w + t * 8, w + t * k, (size_t)k * 4);
+        memcpy(wide_ids + t * 8, ids + t * k, (size_t)k * 4);
+      }
+      call.x = stride2((make2(&tx, wide_x, F32, T, H), &tx), 2 * H, 1);
+      call.y = stride2((make2(&ty, wide_y, F32, T, H), &ty), 3 * H, 1);
+      call.experts = stride2((make2(&ti, wide_ids, I32, T, k), &ti), 8, 1);
+      call.weights = stride2((make2(&tw, wide_w, F32, T, k), &tw), 8, 1);
+      OK(moec_run(c, 0, &call, &err));
+      for (int t = 0; t < T; ++t)
+        CHECK(!memcmp(wide_y + t * 3 * H, reference + t * H, H * 4));
+    }
+    {
+      static float wide_w[T * 3], wide_logits[T * 9];
+      static int64_t wide_ids[T * 4];
+      float logits[T * E], weights[T * K];
+      int32_t plain[T * K];
+      tensor tl;
+      moec_context *big = context(m, NULL, 4096);
+      MOEC_INIT(call);
+      call.x = make2(&tx, x, F32, T, H);
+      call.experts_out = make2(&ti, plain, I32, T, K);
+      call.weights_out = make2(&tw, weights, F32, T, K);
+      call.logits_out = make2(&tl, logits, F32, T, E);
+      OK(moec_run(big, 0, &call, &err));
+      moec_context_destroy(big);
+      call.experts_out = stride2((make2(&ti, wide_ids, I64, T, K), &ti), 4, 1);
+      call.weights_out = stride2((make2(&tw, wide_w, F32, T, K), &tw), 3, 1);
+      call.logits_out = stride2((make2(&tl, wide_logits, F32, T, E), &tl), 9, 1);
+      OK(moec_run(c, 0, &call, &err));
+      for (int t = 0; t < T; ++t) {
+        for (int j = 0; j < K; ++j)
+          CHECK(wide_ids[t * 4 + j] == plain[t * K + j]);
+        CHECK(!memcmp(wide_w + t * 3, weights + t * K, K * 4));
+        CHECK(!memcmp(wide_logits + t * 9, logits + t * E, E * 4));
+      }
     }
     if (tokens == 1) { /* room for max(K, E) rows */
+      MOEC_INIT(call);
+      call.x = make2(&tx, x, F32, T, H);
+      call.y = make2(&ty, y, F32, T, H);
       call.experts = make2(&ti, ids, I32, T, E + 1);
       call.weights = make2(&tw, w, F32, T, E + 1);
       FAILS(moec_run(c, 0, &call, &err), SHAPE, "at most 5 ids");
