@@ -1,0 +1,203 @@
+"""Planted faults: each of these mistakes, put in on purpose, makes a test fail.
+
+A test that cannot fail proves nothing. So every fault here is one that a person could have made,
+and the check that has to find it is the one the other tests use, unchanged.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNTIME = ROOT / "lib" / "Runtime"
+PROGRAMS = ROOT / "test" / "Runtime"
+
+# --- the runtime: C text with one mistake, against test/Runtime/*.c and probe.py -----------------
+
+# (what went wrong, what finds it, file, text as it is, text with the mistake)
+RUNTIME_FAULTS = [
+    (
+        "rounds to bf16 by cutting off",
+        "pack",
+        "Pack.c",
+        "return (uint16_t)((b + 0x7fffu + (b >> 16 & 1)) >> 16);",
+        "return (uint16_t)(b >> 16);",
+    ),
+    (
+        "rounds halves away from zero",
+        "pack",
+        "Pack.c",
+        "_mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))",
+        "_mm256_set1_epi32(0x8000)",
+    ),
+    (
+        "forgets the padding in k",
+        "pack",
+        "Pack.c",
+        "uint64_t kp = ((uint64_t)cols + 31) / 32 * 32, bytes;",
+        "uint64_t kp = ((uint64_t)cols + 7) / 8 * 8, bytes;",
+    ),
+    (
+        "swaps the two neighbours in k",
+        "pack",
+        "Pack.c",
+        "unit |= convert(s, t->row + l, 2 * u + 1, to, &bad) << 16;",
+        "unit = unit << 16 | convert(s, t->row + l, 2 * u + 1, to, &bad);",
+    ),
+    (
+        "starts every chunk at the first token",
+        "probe",
+        "Context.c",
+        "f->x = t->x.data + first * t->x.stride",
+        "f->x = t->x.data + 0 * t->x.stride",
+    ),
+    (
+        "does not wait between stages",
+        "probe",
+        "Context.c",
+        "for (c->stage = 0; c->stage < entry->stage_count; ++c->stage)",
+        "c->executor.gang = 1; for (c->stage = entry->stage_count; c->stage-- > 0;)",
+    ),
+    (
+        "keeps the counters of the chunk before",
+        "probe",
+        "Context.c",
+        "memset(c->frame.counters, 0, sizeof c->frame.counters);",
+        "(void)0;",
+    ),
+    (
+        "reads weights of the first chunk only",
+        "probe",
+        "Context.c",
+        "const int64_t from = (r0 + r) * v->stride;",
+        "const int64_t from = r * v->stride;",
+    ),
+    (
+        "packs up where gate belongs",
+        "probe",
+        "Weight.c",
+        "const int64_t skip = t.part < 0 ? p * d->rows * stride[1] : 0;",
+        "const int64_t skip = t.part < 0 ? (1 - p) * d->rows * stride[1] : 0;",
+    ),
+    (
+        "accepts infinity as a weight",
+        "pack",
+        "Pack.c",
+        "const uint32_t limit = dtype == MOEC_DT_F32 ? 0x7f7fffffu : 0x7f7f7fffu;",
+        "const uint32_t limit = 0x7f800000u;",
+    ),
+    (
+        "takes the last expert id for a foreign one",
+        "call",
+        "Context.c",
+        "if (id < -1 || id >= E)",
+        "if (id < -1 || id >= E - 1)",
+    ),
+    (
+        "reads ids without their row stride",
+        "call",
+        "Context.c",
+        "const int64_t i = row * v->stride + slot;",
+        "const int64_t i = row * 3 + slot;",
+    ),
+    (
+        "forgets to add to what is there",
+        "call",
+        "Context.c",
+        "f->accumulate = (call->flags & MOEC_ACCUMULATE) != 0;",
+        "f->accumulate = 0;",
+    ),
+    (
+        "keeps the counts of the call before",
+        "call",
+        "Context.c",
+        "memset(t.counts_out.data, 0, (size_t)(code->E + 1) * 4);",
+        "(void)0;",
+    ),
+    (
+        "leaves y unwritten when there are no slots",
+        "call",
+        "Context.c",
+        "else if (t.T && !(call->flags & MOEC_ACCUMULATE))",
+        "else if (0)",
+    ),
+    (
+        "takes one overlap of two",
+        "call",
+        "Context.c",
+        "if (i != j && k->regions[i].output && (j > i || !k->regions[j].output) &&",
+        "if (j > i && k->regions[i].output &&",
+    ),
+]
+
+
+class Runtime:
+    """The runtime's C files and the test programs, compiled once; one file again for each fault."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.objects = {f.name: self.compile(f, folder / f"{f.stem}.o") for f in self.sources()}
+        self.mock = self.compile(PROGRAMS / "mock.c", folder / "mock.o")
+        self.programs = {
+            name: self.compile(PROGRAMS / f"{name}.c", folder / f"{name}_main.o")
+            for name in ("call", "pack")
+        }
+
+    @staticmethod
+    def sources():
+        return sorted(RUNTIME.glob("*.c"))
+
+    def compile(self, source: Path, target: Path) -> Path:
+        include = [f"-I{ROOT / 'include'}", f"-I{RUNTIME}", f"-I{PROGRAMS}"]
+        command = ["cc", "-std=gnu11", "-O0", "-fPIC", "-c", *include, "-D_GNU_SOURCE"]
+        subprocess.run([*command, source, "-o", target], check=True)
+        return target
+
+    def outcome(self, replaced: dict[str, Path]) -> str:
+        """ "" if all programs pass, else what the first one that does not says."""
+        objects = [replaced.get(name, path) for name, path in self.objects.items()]
+        for name, main in self.programs.items():
+            program = self.folder / name
+            link = ["cc", main, self.mock, *objects, "-o", program, "-lm", "-lpthread", "-ldl"]
+            subprocess.run(link, check=True)
+            try:
+                done = subprocess.run([program], capture_output=True, text=True, timeout=60)
+            except subprocess.TimeoutExpired:
+                return f"{name} hangs"
+            if done.returncode:
+                return f"{name}: {done.stderr or done.returncode}"
+        return self.probe(objects)
+
+    def probe(self, objects: list[Path]) -> str:
+        """The same for probe.py, with libmoec made of the objects."""
+        library, mock = self.folder / "libmoec.so.1", self.folder / "mock.moec"
+        mock.mkdir(exist_ok=True)
+        link = ["cc", "-shared", "-Wl,-soname,libmoec.so.1", *objects, "-o", library]
+        subprocess.run([*link, "-lm", "-lpthread", "-ldl"], check=True)
+        link = ["cc", "-shared", self.mock, "-o", mock / "libmock.so", "-lm"]
+        subprocess.run(link, check=True)
+        command = [sys.executable, ROOT / "test" / "python" / "probe.py", mock]
+        return self.run(command, env={**os.environ, "LD_LIBRARY_PATH": str(self.folder)})
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory):
+    built = Runtime(tmp_path_factory.mktemp("runtime"))
+    for name in ("call", "pack", "probe"):
+        assert not built.outcome(name, {}), f"{name} fails without any fault"
+    return built
+
+
+@pytest.mark.parametrize("fault", RUNTIME_FAULTS, ids=[f[0] for f in RUNTIME_FAULTS])
+def test_runtime_faults_are_found(runtime, tmp_path, fault):
+    _, finder, file, right, wrong = fault
+    text = (RUNTIME / file).read_text()
+    assert text.count(right) >= 1, "the text to spoil is gone: choose another"
+    (tmp_path / file).write_text(text.replace(right, wrong))
+    spoilt = runtime.compile(tmp_path / file, tmp_path / "spoilt.o")
+    assert runtime.outcome(finder, {file: spoilt}), f"{finder} did not find it"
