@@ -158,23 +158,25 @@ class Runtime:
         subprocess.run([*command, source, "-o", target], check=True)
         return target
 
-    def outcome(self, replaced: dict[str, Path]) -> str:
-        """ "" if all programs pass, else what the first one that does not says."""
+    def outcome(self, name: str, replaced: dict[str, Path]) -> str:
+        """What a program says of the runtime with some files replaced; nothing if it passes."""
         objects = [replaced.get(name, path) for name, path in self.objects.items()]
-        for name, main in self.programs.items():
-            program = self.folder / name
-            link = ["cc", main, self.mock, *objects, "-o", program, "-lm", "-lpthread", "-ldl"]
-            subprocess.run(link, check=True)
-            try:
-                done = subprocess.run([program], capture_output=True, text=True, timeout=60)
-            except subprocess.TimeoutExpired:
-                return f"{name} hangs"
-            if done.returncode:
-                return f"{name}: {done.stderr or done.returncode}"
-        return self.probe(objects)
+        if name == "probe":
+            return self.probe(objects)
+        program = self.folder / name
+        link = ["cc", self.programs[name], self.mock, *objects, "-o", program]
+        subprocess.run([*link, "-lm", "-lpthread", "-ldl"], check=True)
+        return self.run([program])
+
+    @staticmethod
+    def run(command, **kwargs) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, **kwargs)
+        except subprocess.TimeoutExpired:
+            return "hangs"
+        return done.stderr or str(done.returncode) if done.returncode else ""
 
     def probe(self, objects: list[Path]) -> str:
-        """The same for probe.py, with libmoec made of the objects."""
         library, mock = self.folder / "libmoec.so.1", self.folder / "mock.moec"
         mock.mkdir(exist_ok=True)
         link = ["cc", "-shared", "-Wl,-soname,libmoec.so.1", *objects, "-o", library]
