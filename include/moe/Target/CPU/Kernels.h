@@ -1,0 +1,171 @@
+//===- Kernels.h - Emission of the CPU micro-kernels ------------*- C++ -*-===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+//
+// The one place that writes vector code for the CPU. A kernel is a private function of pointers
+// and i64 values whose spec says everything that decides its code; the name is the spec, so equal
+// specs share one function.
+//
+// Data forms (lengths in bytes):
+//   rows16   a block of `count` rows: float [ceil(K/16)][count][16]; element (r, k) at
+//            (k/16)*count*64 + r*64 + (k%16)*4; columns K... are zero.
+//   panel32  a weight panel of 32 columns: rows of 128 bytes, one k each in f32 (lane l at 4*l);
+//            two k each in bf16 (lane l: even k at 4*l, odd k at 4*l+2). With two parts lanes 0-15
+//            are 16 gate columns and lanes 16-31 the same 16 up columns.
+//
+// Bits: an output element is one chain of fused multiply-adds with k ascending, in every kernel of
+// every level, whatever its count, panels, order, prefetch, format and form. There are no
+// fast-math flags.
+//
+//===----------------------------------------------------------------------===//
+
+#ifndef MOE_TARGET_CPU_KERNELS_H
+#define MOE_TARGET_CPU_KERNELS_H
+
+#include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "mlir/IR/Builders.h"
+#include "mlir/Support/LLVM.h"
+
+#include <optional>
+#include <string>
+
+namespace mlir {
+namespace moe {
+
+/// Vector levels that have kernels.
+enum class KernelLevel { V3, V4 };
+
+/// "x86-64-v3" | "x86-64-v4", or nothing.
+std::optional<KernelLevel> parseKernelLevel(StringRef level);
+/// The LLVM CPU name of a level, which is also the name of the level.
+StringRef getLevelName(KernelLevel level);
+/// f32 lanes of one register: 8 or 16.
+int64_t getLevelLanes(KernelLevel level);
+/// Architectural vector registers: 16 or 32.
+int64_t getLevelRegisters(KernelLevel level);
+
+/// Which operand is loaded first in a step of k. Both orders give equal bits; the register
+/// allocator follows the order, so the wrong one spills. Automatic takes BFirst where rows >=
+/// vectors.
+enum class KernelOrder { Automatic, BFirst, AFirst };
+
+/// Where a kernel's result goes.
+///   Blocked  after the region: f32 rows16 block of the same rows; columns at or beyond `columns`
+///            are written as zero.
+///   Rows     row-major, f32 or bf16 (rounded to nearest even); the parts of a panel go to
+///            separate matrices `part_bytes` apart unless a region merges them.
+///   Combine  each row is rounded to the compute type and added to its token's row of a panel
+///            scratch: Y[pair/k] = fma(w[pair], row, Y[pair/k]).
+enum class KernelForm { Blocked, Rows, Combine };
+
+/// Everything that decides the code of one GEMM kernel.
+struct GemmKernelSpec {
+  KernelLevel level = KernelLevel::V4;
+  /// Exact rows of the tile, >= 1.
+  int64_t rows = 1;
+  /// Panels of 32 columns, >= 1.
+  int64_t panels = 1;
+  KernelOrder order = KernelOrder::Automatic;
+  /// Distance in bytes at which the weights are prefetched; 0 for none.
+  int64_t prefetch = 0;
+  /// Weights in bf16 (widened exactly in registers) instead of f32.
+  bool bf16Weights = false;
+  /// 1, or 2 for gate and up in one panel.
+  int64_t parts = 1;
+  KernelForm form = KernelForm::Rows;
+  /// Rows: the stored type. Combine: the type a row is rounded to. False is f32.
+  bool bf16Result = false;
+  /// Optional: one block of `parts` f32 arguments that yields one f32. Blocked and Rows only.
+  Region *epilogue = nullptr;
+  /// Short word for the epilogue in the kernel's name; a hash of the region is added.
+  std::string epilogueName;
+
+  /// Vector registers per panel.
+  int64_t getVectorsPerPanel() const { return 32 / getLevelLanes(level); }
+  /// More panels would run out of address registers, or of vector registers for widened weights.
+  static int64_t getMaxPanels(KernelLevel level) { return level == KernelLevel::V3 ? 2 : 4; }
+  /// The order that is emitted.
+  bool isBFirst() const;
+  /// Vector registers of a step: the accumulators, the operand that is held whole, and one for the
+  /// other.
+  int64_t getRegisters() const;
+  bool fitsRegisters() const { return getRegisters() <= getLevelRegisters(level); }
+  /// The function name, for example
+  /// "moe_gemm_v4_r14_p1_bf16_pf1024_blocked2_silu_1a2b3c4d".
+  std::string getName() const;
+  /// Emits on `loc` what is wrong with the spec.
+  LogicalResult verify(Location loc) const;
+};
+
+/// Emits the kernel of `spec` at the builder's insertion point (a module body) under
+/// spec.getName(). Arguments:
+///   (ptr a, ptr b, i64 groups, i64 panel_bytes, ptr out, form...)
+///     a            rows16 block of spec.rows rows
+///     b            first panel; the others follow `panel_bytes` apart
+///     groups       ceil(K/16), columns of a in groups of 16
+///   Blocked: out = the block's address of the first panel's columns, i64 columns = real output
+///            columns from there on (may be larger than the tile)
+///   Rows:    out, i64 row_bytes, i64 part_bytes
+///   Combine: out = scratch f32 [panels][tokens][32], i64 scratch_bytes from panel to panel,
+///            ptr pair (i32, of the first row), ptr w (f32, by pair), i64 k
+/// No pointer needs more than element alignment.
+FailureOr<func::FuncOp> emitGemmKernel(OpBuilder &b, Location loc, const GemmKernelSpec &spec);
+
+/// Spec of a function that gathers rows into a rows16 block.
+struct PackKernelSpec {
+  KernelLevel level = KernelLevel::V4;
+  bool bf16Source = false;
+  /// Round f32 sources to bf16 values.
+  bool bf16Compute = false;
+  /// Rows are taken through pair[i] / k.
+  bool gather = false;
+  std::string getName() const;
+};
+
+/// Arguments: (ptr x, i64 row_bytes, [ptr pair, i64 k,] i64 rows, i64 columns, ptr out).
+/// Row i is x row i, or pair[i] / k (pair points at the first row's entry).
+func::FuncOp emitPackKernel(OpBuilder &b, Location loc, const PackKernelSpec &spec);
+
+/// Spec of the functions that open and close a panel scratch f32 [panels][tokens][32].
+struct PanelKernelSpec {
+  KernelLevel level = KernelLevel::V4;
+  bool bf16Y = false;
+  /// True: y -> scratch (or zero). False: scratch -> y, rounded once.
+  bool begin = true;
+  std::string getName() const;
+};
+
+/// Arguments: (ptr scratch, i64 scratch_bytes from panel to panel, ptr y, i64 row_bytes,
+/// i64 tokens, i64 first_column, i64 panels, i64 columns of y [, begin only: i64 accumulate]).
+/// Columns beyond y are zero in the scratch and never stored.
+func::FuncOp emitPanelKernel(OpBuilder &b, Location loc, const PanelKernelSpec &spec);
+
+/// Spec of the function that turns rows of router logits into expert ids and weights.
+struct SelectKernelSpec {
+  KernelLevel level = KernelLevel::V4;
+  int64_t experts = 1, topK = 1;
+  /// Softmax over all experts and then select, or select and softmax over the chosen.
+  bool scoreFirst = true;
+  /// Divide by (sum of the chosen + epsilon).
+  bool renormalize = false;
+  float epsilon = 0.0f;
+  float scale = 1.0f;
+  /// Also copy the logits.
+  bool copyLogits = false;
+  std::string getName() const;
+};
+
+/// Arguments: (ptr logits f32, i64 row_bytes, i64 tokens, ptr weights f32 [tokens][topK],
+/// ptr ids i32 [tokens][topK] [, ptr logits_out f32, i64 logits_out_bytes]).
+/// Ids descend by logit (softmax is increasing, so this is the order of exact scores), equal logits
+/// by ascending id; NaN counts as the largest, so that it reaches the weights. Ids are always
+/// distinct and in range.
+func::FuncOp emitSelectKernel(OpBuilder &b, Location loc, const SelectKernelSpec &spec);
+
+} // namespace moe
+} // namespace mlir
+
+#endif // MOE_TARGET_CPU_KERNELS_H

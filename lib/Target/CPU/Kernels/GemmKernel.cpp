@@ -1,0 +1,490 @@
+//===- GemmKernel.cpp - Matrix kernels of exact tile sizes ----------------===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#include "KernelBuilder.h"
+
+#include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "mlir/IR/BuiltinOps.h"
+#include "llvm/ADT/StringExtras.h"
+#include "llvm/Support/FormatVariadic.h"
+#include "llvm/Support/raw_ostream.h"
+#include "llvm/Support/xxhash.h"
+
+#include <algorithm>
+
+using namespace mlir;
+using namespace mlir::moe;
+
+//===----------------------------------------------------------------------===//
+// Levels and specs
+//===----------------------------------------------------------------------===//
+
+std::optional<KernelLevel> moe::parseKernelLevel(StringRef level) {
+  if (level == "x86-64-v3")
+    return KernelLevel::V3;
+  if (level == "x86-64-v4")
+    return KernelLevel::V4;
+  return std::nullopt;
+}
+
+StringRef moe::getLevelName(KernelLevel level) {
+  return level == KernelLevel::V3 ? "x86-64-v3" : "x86-64-v4";
+}
+
+int64_t moe::getLevelLanes(KernelLevel level) { return level == KernelLevel::V3 ? 8 : 16; }
+
+int64_t moe::getLevelRegisters(KernelLevel level) { return level == KernelLevel::V3 ? 16 : 32; }
+
+bool GemmKernelSpec::isBFirst() const {
+  if (order == KernelOrder::Automatic)
+    return rows >= panels * getVectorsPerPanel();
+  return order == KernelOrder::BFirst;
+}
+
+int64_t GemmKernelSpec::getRegisters() const {
+  int64_t vectors = panels * getVectorsPerPanel();
+  return rows * vectors + (isBFirst() ? vectors : rows) + 1;
+}
+
+/// Eight hexadecimal digits that depend on the text of the region, so on its meaning only: value
+/// names are numbered by the printer.
+static std::string hashRegion(Region &region) {
+  std::string text;
+  llvm::raw_string_ostream os(text);
+  for (Operation &op : region.front()) {
+    // Operations of a region print with the numbering of their parent; print each one as a
+    // generic line of name, attributes and operand positions instead.
+    os << op.getName() << op.getAttrDictionary();
+    for (Value operand : op.getOperands()) {
+      if (auto arg = dyn_cast<BlockArgument>(operand)) {
+        os << " arg" << arg.getArgNumber();
+      } else {
+        Operation *def = operand.getDefiningOp();
+        if (def->getBlock() == op.getBlock())
+          os << " op" << std::distance(op.getBlock()->begin(), Block::iterator(def));
+        else
+          os << " " << def->getName() << def->getAttrDictionary();
+      }
+    }
+    os << ";";
+  }
+  return llvm::utohexstr(static_cast<uint32_t>(llvm::xxh3_64bits(text)), /*LowerCase=*/true,
+                         /*Width=*/8);
+}
+
+std::string GemmKernelSpec::getName() const {
+  std::string name =
+      llvm::formatv("moe_gemm_{0}_r{1}_p{2}_{3}", level == KernelLevel::V3 ? "v3" : "v4", rows,
+                    panels, bf16Weights ? "bf16" : "f32");
+  if (prefetch)
+    name += llvm::formatv("_pf{0}", prefetch).str();
+  if (order != KernelOrder::Automatic)
+    name += order == KernelOrder::BFirst ? "_bfirst" : "_afirst";
+  switch (form) {
+  case KernelForm::Blocked:
+    name += "_blocked";
+    break;
+  case KernelForm::Rows:
+    name += "_rows";
+    break;
+  case KernelForm::Combine:
+    name += "_combine";
+    break;
+  }
+  name += llvm::utostr(parts);
+  if (form != KernelForm::Blocked)
+    name += bf16Result ? "_bf16" : "_f32";
+  if (epilogue)
+    name += (epilogueName.empty() ? "" : "_" + epilogueName) + "_" + hashRegion(*epilogue);
+  return name;
+}
+
+LogicalResult GemmKernelSpec::verify(Location loc) const {
+  if (rows < 1 || panels < 1 || panels > getMaxPanels(level))
+    return emitError(loc) << "kernel: expected at least one row and 1 to " << getMaxPanels(level)
+                          << " panels, but got " << rows << " rows and " << panels << " panels";
+  if (!fitsRegisters())
+    return emitError(loc) << "kernel: expected a tile within the " << getLevelRegisters(level)
+                          << " vector registers of " << getLevelName(level) << ", but got " << rows
+                          << " rows and " << panels * getVectorsPerPanel()
+                          << " vectors, which need " << getRegisters()
+                          << (isBFirst() ? " (b first)" : " (a first)");
+  if (parts != 1 && parts != 2)
+    return emitError(loc) << "kernel: expected 1 or 2 parts, but got " << parts;
+  if (prefetch < 0)
+    return emitError(loc) << "kernel: expected prefetch >= 0, but got " << prefetch;
+  if (form == KernelForm::Combine && (parts != 1 || epilogue))
+    return emitError(loc) << "kernel: expected one part and no region in the combine form, but "
+                             "got "
+                          << parts << (epilogue ? " parts and a region" : " parts");
+  if (form == KernelForm::Blocked && parts != 1 && !epilogue)
+    return emitError(loc) << "kernel: expected a region to merge the parts of the blocked form, "
+                             "but got none";
+  if (form == KernelForm::Blocked && bf16Result)
+    return emitError(loc) << "kernel: expected f32 in the blocked form, but got bf16";
+  if (epilogue) {
+    bool valid = epilogue->hasOneBlock() && epilogue->getNumArguments() == parts &&
+                 epilogue->front().getTerminator()->getNumOperands() == 1;
+    for (Value arg : epilogue->getArguments())
+      valid &= arg.getType().isF32();
+    if (!valid)
+      return emitError(loc) << "kernel: expected an epilogue of one block with " << parts
+                            << " f32 arguments and one f32 result, but got another region";
+  }
+  return success();
+}
+
+//===----------------------------------------------------------------------===//
+// KernelBuilder
+//===----------------------------------------------------------------------===//
+
+func::FuncOp KernelBuilder::start(StringRef name, KernelLevel level, ArrayRef<Type> args) {
+  MLIRContext *context = b.getContext();
+  auto function = func::FuncOp::create(b, loc, name, b.getFunctionType(args, {}));
+  function.setPrivate();
+  function->setAttr("llvm.linkage", LLVM::LinkageAttr::get(context, LLVM::Linkage::Internal));
+  function->setAttr("target_cpu", b.getStringAttr(getLevelName(level)));
+  // The scheduler models of most CPUs move loads up for their latency; this one keeps the emitted
+  // order, which is what fits the registers. The instructions are those of the level.
+  function->setAttr("tune_cpu", b.getStringAttr("znver3"));
+  if (level == KernelLevel::V4)
+    function->setAttr("prefer_vector_width", b.getStringAttr("512"));
+  // Inlined into a task, a kernel would lose its registers to the task's own values.
+  function->setAttr("passthrough",
+                    b.getArrayAttr({b.getStringAttr("noinline"), b.getStringAttr("nounwind")}));
+  saved = b.saveInsertionPoint();
+  b.setInsertionPointToStart(function.addEntryBlock());
+  return function;
+}
+
+void KernelBuilder::finish() {
+  func::ReturnOp::create(b, loc, ValueRange{});
+  b.restoreInsertionPoint(saved);
+}
+
+//===----------------------------------------------------------------------===//
+// The k loop
+//===----------------------------------------------------------------------===//
+
+namespace {
+
+/// Emits one GEMM kernel.
+class GemmEmitter {
+public:
+  GemmEmitter(OpBuilder &b, Location loc, const GemmKernelSpec &spec)
+      : k(b, loc), spec(spec), lanes(getLevelLanes(spec.level)),
+        panelVectors(spec.getVectorsPerPanel()), vectors(spec.panels * panelVectors) {}
+
+  FailureOr<func::FuncOp> emit();
+
+private:
+  SmallVector<Value> emitProduct();
+  SmallVector<Value> emitSteps(Value a, Value bRow, int64_t steps, SmallVector<Value> acc);
+  Value loadB(ArrayRef<Value> panelRows, int64_t vector, bool odd);
+  LogicalResult forEachRow(ArrayRef<Value> acc,
+                           function_ref<LogicalResult(Value, ArrayRef<Value>)> store);
+  FailureOr<Value> applyEpilogue(ArrayRef<Value> acc, int64_t p, int64_t s);
+  LogicalResult storeBlocked(Value row, ArrayRef<Value> acc);
+  LogicalResult storeRows(Value row, ArrayRef<Value> acc);
+  LogicalResult storeCombine(Value row, ArrayRef<Value> acc);
+
+  /// Output columns of a panel, and the vectors that hold them (parts merged).
+  int64_t panelColumns() const { return 32 / spec.parts; }
+  int64_t outVectors() const { return panelVectors / spec.parts; }
+
+  KernelBuilder k;
+  const GemmKernelSpec &spec;
+  int64_t lanes, panelVectors, vectors;
+  Value highMask() { return splatI32(k.b, k.loc, lanes, static_cast<int32_t>(0xffff0000)); }
+  Value aBlock, bPanels, groups, panelBytes, out, stack, maskSlot;
+  SmallVector<Value> formArgs;
+};
+
+} // namespace
+
+/// Vector `vector` of one row of the panels as f32: one k of f32 weights, or the even or odd k of
+/// a row of bf16 pairs.
+Value GemmEmitter::loadB(ArrayRef<Value> panelRows, int64_t vector, bool odd) {
+  OpBuilder &b = k.b;
+  Value p = k.at(panelRows[vector / panelVectors], (vector % panelVectors) * lanes * 4);
+  if (!spec.bf16Weights)
+    return k.load(k.vec(lanes, b.getF32Type()), p);
+  Value pairs = k.load(k.vec(lanes, b.getI32Type()), p);
+  if (!odd)
+    return k.widenBits(pairs);
+  Value mask = maskSlot ? LLVM::LoadOp::create(b, k.loc, k.vec(lanes, b.getI32Type()), maskSlot,
+                                               /*alignment=*/64, /*isVolatile=*/true)
+                              .getResult()
+                        : highMask();
+  Value high = arith::AndIOp::create(b, k.loc, pairs, mask);
+  return vector::BitCastOp::create(b, k.loc, k.vec(lanes, b.getF32Type()), high);
+}
+
+/// One step of k: acc[r][v] += a[r] * b[v]. `a` points at element (0, k) of the rows16 group. The
+/// order of emission is what keeps the registers: the fewer of the two operands is held whole,
+/// the other passes through one register.
+SmallVector<Value> GemmEmitter::emitSteps(Value a, Value bRow, int64_t steps,
+                                          SmallVector<Value> acc) {
+  OpBuilder &b = k.b;
+  int64_t halves = spec.bf16Weights ? 2 : 1;
+  auto barrier = [&] {
+    LLVM::FenceOp::create(b, k.loc, LLVM::AtomicOrdering::acq_rel, "singlethread");
+  };
+  // Within a step as many loads may move up as there are free registers; a widened load takes two.
+  int64_t free = getLevelRegisters(spec.level) - spec.getRegisters();
+  int64_t ahead = std::max<int64_t>(1, free / 2);
+  auto loadA = [&](int64_t row, int64_t step) -> Value {
+    Value scalar = k.load(b.getF32Type(), k.at(a, row * 64 + step * 4));
+    return vector::BroadcastOp::create(b, k.loc, k.vec(lanes, b.getF32Type()), scalar);
+  };
+  for (int64_t row = 0; row < steps; ++row) {
+    SmallVector<Value> panelRows;
+    for (int64_t p = 0; p < spec.panels; ++p) {
+      Value panel = p ? k.at(bRow, k.mul(panelBytes, p)) : bRow;
+      panelRows.push_back(k.at(panel, row * 128));
+    }
+    if (spec.prefetch)
+      for (Value panelRow : panelRows)
+        for (int64_t line : {0, 64})
+          k.prefetch(k.at(panelRow, spec.prefetch + line));
+    for (int64_t half = 0; half < halves; ++half) {
+      int64_t step = row * halves + half;
+      // A step ends with a barrier: it emits no instruction and keeps the scheduler from moving the
+      // next step's loads up, into registers that the tile has not got. The odd half of a bf16 row
+      // therefore loads its pairs again instead of holding them.
+      if (step)
+        barrier();
+      auto fma = [&](int64_t r, int64_t v, Value av, Value bv) {
+        Value &c = acc[r * vectors + v];
+        c = vector::FMAOp::create(b, k.loc, av, bv, c);
+      };
+      if (spec.isBFirst()) {
+        SmallVector<Value> bv;
+        for (int64_t v = 0; v < vectors; ++v)
+          bv.push_back(loadB(panelRows, v, half));
+        for (int64_t r = 0; r < spec.rows; ++r) {
+          if (r && r % ahead == 0)
+            barrier();
+          Value av = loadA(r, step);
+          for (int64_t v = 0; v < vectors; ++v)
+            fma(r, v, av, bv[v]);
+        }
+      } else {
+        SmallVector<Value> av;
+        for (int64_t r = 0; r < spec.rows; ++r)
+          av.push_back(loadA(r, step));
+        for (int64_t v = 0; v < vectors; ++v) {
+          if (v && v % ahead == 0)
+            barrier();
+          Value bv = loadB(panelRows, v, half);
+          for (int64_t r = 0; r < spec.rows; ++r)
+            fma(r, v, av[r], bv);
+        }
+      }
+    }
+  }
+  return acc;
+}
+
+/// The accumulators of the tile, row by row: a loop over the groups of 16 columns of a, and in it
+/// a loop over the group's rows of b unless they are unrolled whole.
+SmallVector<Value> GemmEmitter::emitProduct() {
+  OpBuilder &b = k.b;
+  int64_t stepsPerRow = spec.bf16Weights ? 2 : 1;
+  int64_t groupRows = 16 / stepsPerRow;
+  // About 48 multiply-adds per loop body: the counter and the branch are then noise, and the body
+  // stays within the cache of decoded instructions.
+  int64_t unroll = 1;
+  while (unroll < groupRows && unroll * stepsPerRow * spec.rows * vectors < 48)
+    unroll *= 2;
+
+  Value zero = splatF32(b, k.loc, lanes, 0.0f);
+  SmallVector<Value> init(spec.rows * vectors, zero);
+  return k.loop(groups, 1, init, [&](Value group, ValueRange acc) -> SmallVector<Value> {
+    Value a = k.at(aBlock, k.mul(group, spec.rows * 64));
+    Value bRow = k.at(bPanels, k.mul(group, groupRows * 128));
+    if (unroll == groupRows)
+      return emitSteps(a, bRow, unroll, SmallVector<Value>(acc));
+    return k.loop(
+        k.index(groupRows), unroll, acc, [&](Value row, ValueRange inner) -> SmallVector<Value> {
+          return emitSteps(k.at(a, k.mul(row, stepsPerRow * 4)), k.at(bRow, k.mul(row, 128)),
+                           unroll, SmallVector<Value>(inner));
+        });
+  });
+}
+
+//===----------------------------------------------------------------------===//
+// Stores
+//===----------------------------------------------------------------------===//
+
+/// Vector s of the merged columns of panel p of one row.
+FailureOr<Value> GemmEmitter::applyEpilogue(ArrayRef<Value> acc, int64_t p, int64_t s) {
+  SmallVector<Value> parts;
+  for (int64_t part = 0; part < spec.parts; ++part)
+    parts.push_back(acc[p * panelVectors + part * outVectors() + s]);
+  if (!spec.epilogue)
+    return parts.front();
+  FailureOr<SmallVector<Value>> results = emitRegionOnVectors(k.b, *spec.epilogue, parts);
+  if (failed(results))
+    return failure();
+  return results->front();
+}
+
+/// Runs `store` on every row's vectors. The accumulators go through the stack and the rows through
+/// a loop: unrolled, the epilogue's constants would be kept in registers across the k loop, which
+/// has none to spare, and its code would be `rows` times as long. The copy costs one store and one
+/// load per vector and whole product.
+LogicalResult GemmEmitter::forEachRow(ArrayRef<Value> acc,
+                                      function_ref<LogicalResult(Value, ArrayRef<Value>)> store) {
+  if (spec.rows == 1)
+    return store(k.index(0), acc);
+  int64_t rowBytes = vectors * lanes * 4;
+  for (auto [i, v] : llvm::enumerate(acc))
+    k.store(v, k.at(stack, static_cast<int64_t>(i) * lanes * 4));
+  LogicalResult result = success();
+  k.loop(k.index(spec.rows), 1, [&](Value row) {
+    Value from = k.at(stack, k.mul(row, rowBytes));
+    SmallVector<Value> loaded;
+    for (int64_t v = 0; v < vectors; ++v)
+      loaded.push_back(k.load(k.vec(lanes, k.b.getF32Type()), k.at(from, v * lanes * 4)));
+    result = store(row, loaded);
+  });
+  return result;
+}
+
+LogicalResult GemmEmitter::storeBlocked(Value row, ArrayRef<Value> acc) {
+  OpBuilder &b = k.b;
+  // Lanes beyond the real columns become zero: their products may be NaN (inf times the zero
+  // padding of the weights), and the next product would spread it over the row.
+  Value columns = arith::TruncIOp::create(
+      b, k.loc, b.getI32Type(),
+      arith::MinSIOp::create(b, k.loc, formArgs[0], k.index(spec.panels * panelColumns())));
+  Value limit = vector::BroadcastOp::create(b, k.loc, k.vec(lanes, b.getI32Type()), columns);
+  Value zero = splatF32(b, k.loc, lanes, 0.0f);
+  Value to = k.at(out, k.mul(row, 64));
+  for (int64_t p = 0; p < spec.panels; ++p)
+    for (int64_t s = 0; s < outVectors(); ++s) {
+      int64_t column = p * panelColumns() + s * lanes;
+      SmallVector<int32_t> numbers;
+      for (int64_t l = 0; l < lanes; ++l)
+        numbers.push_back(static_cast<int32_t>(column + l));
+      Value lane = arith::ConstantOp::create(
+          b, k.loc,
+          DenseIntElementsAttr::get(k.vec(lanes, b.getI32Type()), ArrayRef<int32_t>(numbers)));
+      Value real = arith::CmpIOp::create(b, k.loc, arith::CmpIPredicate::slt, lane, limit);
+      FailureOr<Value> value = applyEpilogue(acc, p, s);
+      if (failed(value))
+        return failure();
+      Value masked = arith::SelectOp::create(b, k.loc, real, *value, zero);
+      k.store(masked, k.at(to, (column / 16) * spec.rows * 64 + (column % 16) * 4));
+    }
+  return success();
+}
+
+LogicalResult GemmEmitter::storeRows(Value row, ArrayRef<Value> acc) {
+  int64_t elementBytes = spec.bf16Result ? 2 : 4;
+  int64_t outParts = spec.epilogue ? 1 : spec.parts;
+  Value to = k.at(out, k.mul(row, formArgs[0]));
+  for (int64_t part = 0; part < outParts; ++part) {
+    Value base = part ? k.at(to, formArgs[1]) : to;
+    for (int64_t p = 0; p < spec.panels; ++p)
+      for (int64_t s = 0; s < outVectors(); ++s) {
+        FailureOr<Value> value = acc[p * panelVectors + part * outVectors() + s];
+        if (spec.epilogue)
+          value = applyEpilogue(acc, p, s);
+        if (failed(value))
+          return failure();
+        int64_t column = p * panelColumns() + s * lanes;
+        k.storeF32(*value, k.at(base, column * elementBytes), spec.bf16Result);
+      }
+  }
+  return success();
+}
+
+/// Rows come in order and each read-modify-write is done before the next: a caller may give one
+/// expert twice to one token.
+LogicalResult GemmEmitter::storeCombine(Value row, ArrayRef<Value> acc) {
+  OpBuilder &b = k.b;
+  Value scratchBytes = formArgs[0], pairs = formArgs[1], weights = formArgs[2];
+  Value slots = arith::TruncIOp::create(b, k.loc, b.getI32Type(), formArgs[3]);
+  Value pair = k.load(b.getI32Type(), k.at(pairs, k.mul(row, 4)));
+  Value wide = arith::ExtUIOp::create(b, k.loc, k.i64(), pair);
+  Value scalar = k.load(b.getF32Type(), k.at(weights, k.mul(wide, 4)));
+  Value w = vector::BroadcastOp::create(b, k.loc, k.vec(lanes, b.getF32Type()), scalar);
+  Value token =
+      arith::ExtUIOp::create(b, k.loc, k.i64(), arith::DivUIOp::create(b, k.loc, pair, slots));
+  Value to = k.at(out, k.mul(token, 128));
+  for (int64_t v = 0; v < vectors; ++v) {
+    Value panel = v < panelVectors ? to : k.at(to, k.mul(scratchBytes, v / panelVectors));
+    Value p = k.at(panel, (v % panelVectors) * lanes * 4);
+    Value value = acc[v];
+    if (spec.bf16Result)
+      value = emitRoundToBF16(b, k.loc, value);
+    Value y = k.load(k.vec(lanes, b.getF32Type()), p);
+    k.store(vector::FMAOp::create(b, k.loc, w, value, y), p);
+  }
+  return success();
+}
+
+FailureOr<func::FuncOp> GemmEmitter::emit() {
+  if (failed(spec.verify(k.loc)))
+    return failure();
+  Type ptr = k.ptr(), i64 = k.i64();
+  SmallVector<Type> args = {ptr, ptr, i64, i64, ptr};
+  switch (spec.form) {
+  case KernelForm::Blocked:
+    args.push_back(i64);
+    break;
+  case KernelForm::Rows:
+    args.append({i64, i64});
+    break;
+  case KernelForm::Combine:
+    args.append({i64, ptr, ptr, i64});
+    break;
+  }
+  func::FuncOp function = k.start(spec.getName(), spec.level, args);
+  aBlock = function.getArgument(0);
+  bPanels = function.getArgument(1);
+  groups = function.getArgument(2);
+  panelBytes = function.getArgument(3);
+  out = function.getArgument(4);
+  for (unsigned i = 5; i < args.size(); ++i)
+    formArgs.push_back(function.getArgument(i));
+
+  if (spec.rows > 1)
+    stack = LLVM::AllocaOp::create(k.b, k.loc, ptr, k.b.getF32Type(),
+                                   k.index(spec.rows * vectors * lanes), 64);
+  // A tile that fills the registers has none for the mask of odd k. It is then read from the stack
+  // at every use (volatile: the compiler would keep it in a register, and spill an accumulator).
+  if (spec.bf16Weights && spec.getRegisters() + spec.isBFirst() >= getLevelRegisters(spec.level)) {
+    maskSlot = LLVM::AllocaOp::create(k.b, k.loc, ptr, k.b.getF32Type(), k.index(lanes), 64);
+    k.store(highMask(), maskSlot);
+  }
+  SmallVector<Value> acc = emitProduct();
+  LogicalResult stored = forEachRow(acc, [&](Value row, ArrayRef<Value> rowAcc) {
+    switch (spec.form) {
+    case KernelForm::Blocked:
+      return storeBlocked(row, rowAcc);
+    case KernelForm::Rows:
+      return storeRows(row, rowAcc);
+    case KernelForm::Combine:
+      return storeCombine(row, rowAcc);
+    }
+    llvm_unreachable("all forms are handled");
+  });
+  k.finish();
+  if (failed(stored)) {
+    function.erase();
+    return failure();
+  }
+  return function;
+}
+
+FailureOr<func::FuncOp> moe::emitGemmKernel(OpBuilder &b, Location loc,
+                                            const GemmKernelSpec &spec) {
+  return GemmEmitter(b, loc, spec).emit();
+}

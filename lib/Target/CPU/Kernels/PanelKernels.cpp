@@ -1,0 +1,173 @@
+//===- PanelKernels.cpp - Packing rows, opening and closing panels --------===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#include "KernelBuilder.h"
+
+using namespace mlir;
+using namespace mlir::moe;
+
+static const char *levelWord(KernelLevel level) { return level == KernelLevel::V3 ? "v3" : "v4"; }
+
+//===----------------------------------------------------------------------===//
+// Rows into rows16 blocks
+//===----------------------------------------------------------------------===//
+
+std::string PackKernelSpec::getName() const {
+  return (Twine("moe_pack_") + levelWord(level) + (bf16Source ? "_bf16" : "_f32") +
+          (bf16Compute && !bf16Source ? "_round" : "") + (gather ? "_gather" : ""))
+      .str();
+}
+
+func::FuncOp moe::emitPackKernel(OpBuilder &b, Location loc, const PackKernelSpec &spec) {
+  KernelBuilder k(b, loc);
+  Type ptr = k.ptr(), i64 = k.i64();
+  SmallVector<Type> args = {ptr, i64};
+  if (spec.gather)
+    args.append({ptr, i64});
+  args.append({i64, i64, ptr});
+  func::FuncOp function = k.start(spec.getName(), spec.level, args);
+  unsigned next = 0;
+  Value x = function.getArgument(next++), rowBytes = function.getArgument(next++);
+  Value pairs, slots;
+  if (spec.gather) {
+    pairs = function.getArgument(next++);
+    slots = arith::TruncIOp::create(b, loc, b.getI32Type(), function.getArgument(next++));
+  }
+  Value rows = function.getArgument(next++), columns = function.getArgument(next++);
+  Value out = function.getArgument(next++);
+
+  int64_t elementBytes = spec.bf16Source ? 2 : 4;
+  bool round = spec.bf16Compute && !spec.bf16Source;
+  int64_t lanes = getLevelLanes(spec.level);
+  Value whole = arith::ShRUIOp::create(b, loc, columns, k.index(4)); // groups of 16 real columns
+  Value rest = arith::AndIOp::create(b, loc, columns, k.index(15));
+  Value groupBytes = k.mul(rows, 64);
+
+  k.loop(rows, 1, [&](Value row) {
+    Value source = row;
+    if (spec.gather) {
+      Value pair = k.load(b.getI32Type(), k.at(pairs, k.mul(row, 4)));
+      source = arith::ExtUIOp::create(b, loc, i64, arith::DivUIOp::create(b, loc, pair, slots));
+    }
+    Value from = k.at(x, k.mul(source, rowBytes));
+    Value to = k.at(out, k.mul(row, 64));
+    k.loop(whole, 1, [&](Value group) {
+      Value p = k.at(from, k.mul(group, 16 * elementBytes));
+      Value q = k.at(to, k.mul(group, groupBytes));
+      for (int64_t c = 0; c < 16; c += lanes) {
+        Value v = k.loadF32(k.at(p, c * elementBytes), lanes, spec.bf16Source);
+        k.store(round ? emitRoundToBF16(b, loc, v) : v, k.at(q, c * 4));
+      }
+    });
+    // The last group, one by one: nothing is read beyond the row.
+    k.ifThen(k.less(k.index(0), rest), [&] {
+      Value p = k.at(from, k.mul(whole, 16 * elementBytes));
+      Value q = k.at(to, k.mul(whole, groupBytes));
+      Value zero = splatF32(b, loc, lanes, 0.0f);
+      for (int64_t c = 0; c < 16; c += lanes)
+        k.store(zero, k.at(q, c * 4));
+      k.loop(rest, 1, [&](Value column) {
+        Value v = k.loadF32(k.at(p, k.mul(column, elementBytes)), 1, spec.bf16Source);
+        k.store(round ? emitRoundToBF16(b, loc, v) : v, k.at(q, k.mul(column, 4)));
+      });
+    });
+  });
+  k.finish();
+  return function;
+}
+
+//===----------------------------------------------------------------------===//
+// Panel scratches
+//===----------------------------------------------------------------------===//
+
+std::string PanelKernelSpec::getName() const {
+  return (Twine(begin ? "moe_begin_panels_" : "moe_end_panels_") + levelWord(level) +
+          (bf16Y ? "_bf16" : "_f32"))
+      .str();
+}
+
+func::FuncOp moe::emitPanelKernel(OpBuilder &b, Location loc, const PanelKernelSpec &spec) {
+  KernelBuilder k(b, loc);
+  Type ptr = k.ptr(), i64 = k.i64();
+  SmallVector<Type> args = {ptr, i64, ptr, i64, i64, i64, i64, i64};
+  if (spec.begin)
+    args.push_back(i64);
+  func::FuncOp function = k.start(spec.getName(), spec.level, args);
+  Value scratch = function.getArgument(0), scratchBytes = function.getArgument(1);
+  Value y = function.getArgument(2), rowBytes = function.getArgument(3);
+  Value tokens = function.getArgument(4), firstColumn = function.getArgument(5);
+  Value panels = function.getArgument(6), columns = function.getArgument(7);
+  int64_t elementBytes = spec.bf16Y ? 2 : 4;
+  int64_t lanes = getLevelLanes(spec.level);
+  Value zero = splatF32(b, loc, lanes, 0.0f);
+
+  k.loop(panels, 1, [&](Value panel) {
+    Value column = k.add(firstColumn, k.mul(panel, 32));
+    Value real = k.sub(columns, column); // real columns of this panel; may be < 0 or > 32
+    Value base = k.at(scratch, k.mul(panel, scratchBytes));
+    Value yBase = k.at(y, k.mul(column, elementBytes));
+    Value full = k.less(k.index(31), real);
+    Value some = k.less(k.index(0), real);
+    Value partial = arith::AndIOp::create(
+        b, loc, some, arith::CmpIOp::create(b, loc, arith::CmpIPredicate::slt, real, k.index(32)));
+
+    if (spec.begin) {
+      Value accumulate = arith::CmpIOp::create(b, loc, arith::CmpIPredicate::ne,
+                                               function.getArgument(8), k.index(0));
+      Value copyAll = arith::AndIOp::create(b, loc, accumulate, full);
+      auto op = scf::IfOp::create(b, loc, copyAll, /*withElse=*/true);
+      {
+        OpBuilder::InsertionGuard guard(b);
+        b.setInsertionPointToStart(op.thenBlock());
+        k.loop(tokens, 1, [&](Value token) {
+          Value from = k.at(yBase, k.mul(token, rowBytes));
+          Value to = k.at(base, k.mul(token, 128));
+          for (int64_t c = 0; c < 32; c += lanes)
+            k.store(k.loadF32(k.at(from, c * elementBytes), lanes, spec.bf16Y), k.at(to, c * 4));
+        });
+        b.setInsertionPointToStart(op.elseBlock());
+        k.loop(tokens, 1, [&](Value token) {
+          Value to = k.at(base, k.mul(token, 128));
+          for (int64_t c = 0; c < 32; c += lanes)
+            k.store(zero, k.at(to, c * 4));
+        });
+        k.ifThen(arith::AndIOp::create(b, loc, accumulate, partial), [&] {
+          k.loop(tokens, 1, [&](Value token) {
+            Value from = k.at(yBase, k.mul(token, rowBytes));
+            Value to = k.at(base, k.mul(token, 128));
+            k.loop(real, 1, [&](Value c) {
+              k.store(k.loadF32(k.at(from, k.mul(c, elementBytes)), 1, spec.bf16Y),
+                      k.at(to, k.mul(c, 4)));
+            });
+          });
+        });
+      }
+      return;
+    }
+    k.ifThen(full, [&] {
+      k.loop(tokens, 1, [&](Value token) {
+        Value from = k.at(base, k.mul(token, 128));
+        Value to = k.at(yBase, k.mul(token, rowBytes));
+        for (int64_t c = 0; c < 32; c += lanes)
+          k.storeF32(k.loadF32(k.at(from, c * 4), lanes, false), k.at(to, c * elementBytes),
+                     spec.bf16Y);
+      });
+    });
+    k.ifThen(partial, [&] {
+      k.loop(tokens, 1, [&](Value token) {
+        Value from = k.at(base, k.mul(token, 128));
+        Value to = k.at(yBase, k.mul(token, rowBytes));
+        k.loop(real, 1, [&](Value c) {
+          k.storeF32(k.loadF32(k.at(from, k.mul(c, 4)), 1, false), k.at(to, k.mul(c, elementBytes)),
+                     spec.bf16Y);
+        });
+      });
+    });
+  });
+  k.finish();
+  return function;
+}
