@@ -8,9 +8,9 @@ usage: asm_loops.py FILE [--function REGEX] [--json]
 For every innermost loop: instructions, fused multiply-adds, vector loads, prefetches, calls, spills
 and reloads (LLVM's own comments: a memory operand on the stack may be something else), and the
 widest vector register. --first keeps each function's first loop with multiply-adds, which in a
-kernel is the k loop (the next is the polynomial of its activation). With a limit the exit code is 1 if a loop with multiply-adds breaks it, and
-the loop is printed. --min-functions fails when fewer functions with such a loop were found than
-expected, so that an empty file cannot pass.
+kernel is the k loop (the next is the polynomial of its activation). With a limit the exit code is
+1 if a loop with multiply-adds breaks it, and the loop is printed. --min-functions fails when fewer
+functions with such a loop were found than expected, so that an empty file cannot pass.
 """
 
 import argparse

@@ -50,7 +50,7 @@ int64_t getLevelRegisters(KernelLevel level);
 /// Which operand is loaded first in a step of k. Both orders give equal bits; the register
 /// allocator follows the order, so the wrong one spills. Automatic takes BFirst where rows >=
 /// vectors.
-enum class KernelOrder { Automatic, BFirst, AFirst };
+enum class LoadOrder { Automatic, BFirst, AFirst };
 
 /// Where a kernel's result goes.
 ///   Blocked  after the region: f32 rows16 block of the same rows; columns at or beyond `columns`
@@ -68,7 +68,7 @@ struct GemmKernelSpec {
   int64_t rows = 1;
   /// Panels of 32 columns, >= 1.
   int64_t panels = 1;
-  KernelOrder order = KernelOrder::Automatic;
+  LoadOrder order = LoadOrder::Automatic;
   /// Distance in bytes at which the weights are prefetched; 0 for none.
   int64_t prefetch = 0;
   /// Weights in bf16 (widened exactly in registers) instead of f32.
@@ -76,6 +76,8 @@ struct GemmKernelSpec {
   /// 1, or 2 for gate and up in one panel.
   int64_t parts = 1;
   KernelForm form = KernelForm::Rows;
+  /// Combine: rows go to their pair's token with its weight. False: row r is token r, weight 1.
+  bool indexed = true;
   /// Rows: the stored type. Combine: the type a row is rounded to. False is f32.
   bool bf16Result = false;
   /// Optional: one block of `parts` f32 arguments that yields one f32. Blocked and Rows only.
@@ -108,9 +110,11 @@ struct GemmKernelSpec {
 ///     groups       ceil(K/16), columns of a in groups of 16
 ///   Blocked: out = the block's address of the first panel's columns, i64 columns = real output
 ///            columns from there on (may be larger than the tile)
-///   Rows:    out, i64 row_bytes, i64 part_bytes
-///   Combine: out = scratch f32 [panels][tokens][32], i64 scratch_bytes from panel to panel,
-///            ptr pair (i32, of the first row), ptr w (f32, by pair), i64 k
+///   Rows:    out, i64 row_bytes, i64 part_bytes, i64 columns = real columns of a part from there
+///            on; no others are written
+///   Combine: out = scratch f32 [panels][tokens][32], i64 scratch_bytes from panel to panel, and if
+///            indexed ptr pair (i32, of the first row), ptr w (f32, by pair), i64 k; otherwise out
+///            is the scratch row of the first row
 /// No pointer needs more than element alignment.
 FailureOr<func::FuncOp> emitGemmKernel(OpBuilder &b, Location loc, const GemmKernelSpec &spec);
 

@@ -40,9 +40,9 @@ int64_t moe::getLevelLanes(KernelLevel level) { return level == KernelLevel::V3 
 int64_t moe::getLevelRegisters(KernelLevel level) { return level == KernelLevel::V3 ? 16 : 32; }
 
 bool GemmKernelSpec::isBFirst() const {
-  if (order == KernelOrder::Automatic)
+  if (order == LoadOrder::Automatic)
     return rows >= panels * getVectorsPerPanel();
-  return order == KernelOrder::BFirst;
+  return order == LoadOrder::BFirst;
 }
 
 int64_t GemmKernelSpec::getRegisters() const {
@@ -82,8 +82,8 @@ std::string GemmKernelSpec::getName() const {
                     panels, bf16Weights ? "bf16" : "f32");
   if (prefetch)
     name += llvm::formatv("_pf{0}", prefetch).str();
-  if (order != KernelOrder::Automatic)
-    name += order == KernelOrder::BFirst ? "_bfirst" : "_afirst";
+  if (order != LoadOrder::Automatic)
+    name += order == LoadOrder::BFirst ? "_bfirst" : "_afirst";
   switch (form) {
   case KernelForm::Blocked:
     name += "_blocked";
@@ -92,7 +92,7 @@ std::string GemmKernelSpec::getName() const {
     name += "_rows";
     break;
   case KernelForm::Combine:
-    name += "_combine";
+    name += indexed ? "_combine" : "_add";
     break;
   }
   name += llvm::utostr(parts);
@@ -189,7 +189,8 @@ private:
                            function_ref<LogicalResult(Value, ArrayRef<Value>)> store);
   FailureOr<Value> applyEpilogue(ArrayRef<Value> acc, int64_t p, int64_t s);
   LogicalResult storeBlocked(Value row, ArrayRef<Value> acc);
-  LogicalResult storeRows(Value row, ArrayRef<Value> acc);
+  LogicalResult storeRows(Value row, ArrayRef<Value> acc, bool whole);
+  Value realLanes(int64_t column, Value limit);
   LogicalResult storeCombine(Value row, ArrayRef<Value> acc);
 
   /// Output columns of a panel, and the vectors that hold them (parts merged).
@@ -356,26 +357,33 @@ LogicalResult GemmEmitter::forEachRow(ArrayRef<Value> acc,
   return result;
 }
 
+/// The i1 vector of the lanes whose column, counted from `column`, is below the i64 `limit`.
+Value GemmEmitter::realLanes(int64_t column, Value limit) {
+  OpBuilder &b = k.b;
+  Value clamped = arith::TruncIOp::create(
+      b, k.loc, b.getI32Type(),
+      arith::MinSIOp::create(b, k.loc, limit, k.index(spec.panels * panelColumns())));
+  SmallVector<int32_t> numbers;
+  for (int64_t l = 0; l < lanes; ++l)
+    numbers.push_back(static_cast<int32_t>(column + l));
+  Value number = arith::ConstantOp::create(
+      b, k.loc,
+      DenseIntElementsAttr::get(k.vec(lanes, b.getI32Type()), ArrayRef<int32_t>(numbers)));
+  return arith::CmpIOp::create(
+      b, k.loc, arith::CmpIPredicate::slt, number,
+      vector::BroadcastOp::create(b, k.loc, k.vec(lanes, b.getI32Type()), clamped));
+}
+
 LogicalResult GemmEmitter::storeBlocked(Value row, ArrayRef<Value> acc) {
   OpBuilder &b = k.b;
   // Lanes beyond the real columns become zero: their products may be NaN (inf times the zero
   // padding of the weights), and the next product would spread it over the row.
-  Value columns = arith::TruncIOp::create(
-      b, k.loc, b.getI32Type(),
-      arith::MinSIOp::create(b, k.loc, formArgs[0], k.index(spec.panels * panelColumns())));
-  Value limit = vector::BroadcastOp::create(b, k.loc, k.vec(lanes, b.getI32Type()), columns);
   Value zero = splatF32(b, k.loc, lanes, 0.0f);
   Value to = k.at(out, k.mul(row, 64));
   for (int64_t p = 0; p < spec.panels; ++p)
     for (int64_t s = 0; s < outVectors(); ++s) {
       int64_t column = p * panelColumns() + s * lanes;
-      SmallVector<int32_t> numbers;
-      for (int64_t l = 0; l < lanes; ++l)
-        numbers.push_back(static_cast<int32_t>(column + l));
-      Value lane = arith::ConstantOp::create(
-          b, k.loc,
-          DenseIntElementsAttr::get(k.vec(lanes, b.getI32Type()), ArrayRef<int32_t>(numbers)));
-      Value real = arith::CmpIOp::create(b, k.loc, arith::CmpIPredicate::slt, lane, limit);
+      Value real = realLanes(column, formArgs[0]);
       FailureOr<Value> value = applyEpilogue(acc, p, s);
       if (failed(value))
         return failure();
@@ -385,7 +393,10 @@ LogicalResult GemmEmitter::storeBlocked(Value row, ArrayRef<Value> acc) {
   return success();
 }
 
-LogicalResult GemmEmitter::storeRows(Value row, ArrayRef<Value> acc) {
+/// Stores a row; `whole` says that all columns of the tile are real, otherwise those beyond the
+/// limit are left alone.
+LogicalResult GemmEmitter::storeRows(Value row, ArrayRef<Value> acc, bool whole) {
+  OpBuilder &b = k.b;
   int64_t elementBytes = spec.bf16Result ? 2 : 4;
   int64_t outParts = spec.epilogue ? 1 : spec.parts;
   Value to = k.at(out, k.mul(row, formArgs[0]));
@@ -399,7 +410,17 @@ LogicalResult GemmEmitter::storeRows(Value row, ArrayRef<Value> acc) {
         if (failed(value))
           return failure();
         int64_t column = p * panelColumns() + s * lanes;
-        k.storeF32(*value, k.at(base, column * elementBytes), spec.bf16Result);
+        Value address = k.at(base, column * elementBytes);
+        if (whole) {
+          k.storeF32(*value, address, spec.bf16Result);
+          continue;
+        }
+        Value stored = *value;
+        if (spec.bf16Result)
+          stored = arith::TruncIOp::create(b, k.loc, k.vec(lanes, b.getI16Type()),
+                                           emitRoundToBF16Bits(b, k.loc, stored));
+        LLVM::MaskedStoreOp::create(b, k.loc, stored, address, realLanes(column, formArgs[2]),
+                                    elementBytes);
       }
   }
   return success();
@@ -409,15 +430,21 @@ LogicalResult GemmEmitter::storeRows(Value row, ArrayRef<Value> acc) {
 /// expert twice to one token.
 LogicalResult GemmEmitter::storeCombine(Value row, ArrayRef<Value> acc) {
   OpBuilder &b = k.b;
-  Value scratchBytes = formArgs[0], pairs = formArgs[1], weights = formArgs[2];
-  Value slots = arith::TruncIOp::create(b, k.loc, b.getI32Type(), formArgs[3]);
-  Value pair = k.load(b.getI32Type(), k.at(pairs, k.mul(row, 4)));
-  Value wide = arith::ExtUIOp::create(b, k.loc, k.i64(), pair);
-  Value scalar = k.load(b.getF32Type(), k.at(weights, k.mul(wide, 4)));
-  Value w = vector::BroadcastOp::create(b, k.loc, k.vec(lanes, b.getF32Type()), scalar);
-  Value token =
-      arith::ExtUIOp::create(b, k.loc, k.i64(), arith::DivUIOp::create(b, k.loc, pair, slots));
-  Value to = k.at(out, k.mul(token, 128));
+  Value scratchBytes = formArgs[0], to, w;
+  if (spec.indexed) {
+    Value pairs = formArgs[1], weights = formArgs[2];
+    Value slots = arith::TruncIOp::create(b, k.loc, b.getI32Type(), formArgs[3]);
+    Value pair = k.load(b.getI32Type(), k.at(pairs, k.mul(row, 4)));
+    Value wide = arith::ExtUIOp::create(b, k.loc, k.i64(), pair);
+    Value scalar = k.load(b.getF32Type(), k.at(weights, k.mul(wide, 4)));
+    w = vector::BroadcastOp::create(b, k.loc, k.vec(lanes, b.getF32Type()), scalar);
+    Value token =
+        arith::ExtUIOp::create(b, k.loc, k.i64(), arith::DivUIOp::create(b, k.loc, pair, slots));
+    to = k.at(out, k.mul(token, 128));
+  } else {
+    w = splatF32(b, k.loc, lanes, 1.0f);
+    to = k.at(out, k.mul(row, 128));
+  }
   for (int64_t v = 0; v < vectors; ++v) {
     Value panel = v < panelVectors ? to : k.at(to, k.mul(scratchBytes, v / panelVectors));
     Value p = k.at(panel, (v % panelVectors) * lanes * 4);
@@ -440,10 +467,12 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
     args.push_back(i64);
     break;
   case KernelForm::Rows:
-    args.append({i64, i64});
+    args.append({i64, i64, i64});
     break;
   case KernelForm::Combine:
-    args.append({i64, ptr, ptr, i64});
+    args.push_back(i64);
+    if (spec.indexed)
+      args.append({ptr, ptr, i64});
     break;
   }
   func::FuncOp function = k.start(spec.getName(), spec.level, args);
@@ -460,22 +489,35 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
                                    k.index(spec.rows * vectors * lanes), 64);
   // A tile that fills the registers has none for the mask of odd k. It is then read from the stack
   // at every use (volatile: the compiler would keep it in a register, and spill an accumulator).
-  if (spec.bf16Weights && spec.getRegisters() + spec.isBFirst() >= getLevelRegisters(spec.level)) {
+  // AVX2 code widens into a second register, so it runs out earlier.
+  int64_t spare = spec.level == KernelLevel::V3 ? 6 : spec.isBFirst();
+  if (spec.bf16Weights && spec.getRegisters() + spare >= getLevelRegisters(spec.level)) {
     maskSlot = LLVM::AllocaOp::create(k.b, k.loc, ptr, k.b.getF32Type(), k.index(lanes), 64);
     k.store(highMask(), maskSlot);
   }
   SmallVector<Value> acc = emitProduct();
-  LogicalResult stored = forEachRow(acc, [&](Value row, ArrayRef<Value> rowAcc) {
-    switch (spec.form) {
-    case KernelForm::Blocked:
-      return storeBlocked(row, rowAcc);
-    case KernelForm::Rows:
-      return storeRows(row, rowAcc);
-    case KernelForm::Combine:
-      return storeCombine(row, rowAcc);
-    }
-    llvm_unreachable("all forms are handled");
-  });
+  LogicalResult stored = success();
+  auto storeAll = [&](bool whole) {
+    LogicalResult result = forEachRow(acc, [&](Value row, ArrayRef<Value> rowAcc) {
+      switch (spec.form) {
+      case KernelForm::Blocked:
+        return storeBlocked(row, rowAcc);
+      case KernelForm::Rows:
+        return storeRows(row, rowAcc, whole);
+      case KernelForm::Combine:
+        return storeCombine(row, rowAcc);
+      }
+      llvm_unreachable("all forms are handled");
+    });
+    if (failed(result))
+      stored = failure();
+  };
+  if (spec.form == KernelForm::Rows) {
+    Value cut = k.less(formArgs[2], k.index(spec.panels * panelColumns()));
+    k.ifThenElse(cut, [&] { storeAll(false); }, [&] { storeAll(true); });
+  } else {
+    storeAll(true);
+  }
   k.finish();
   if (failed(stored)) {
     function.erase();

@@ -81,6 +81,14 @@ public:
     b.setInsertionPointToStart(op.thenBlock());
     then();
   }
+  void ifThenElse(Value condition, function_ref<void()> then, function_ref<void()> otherwise) {
+    auto op = scf::IfOp::create(b, loc, condition, /*withElse=*/true);
+    OpBuilder::InsertionGuard guard(b);
+    b.setInsertionPointToStart(op.thenBlock());
+    then();
+    b.setInsertionPointToStart(op.elseBlock());
+    otherwise();
+  }
   /// i1 of a signed comparison.
   Value less(Value x, Value y) {
     return arith::CmpIOp::create(b, loc, arith::CmpIPredicate::slt, x, y);

@@ -119,17 +119,15 @@ func::FuncOp moe::emitPanelKernel(OpBuilder &b, Location loc, const PanelKernelS
       Value accumulate = arith::CmpIOp::create(b, loc, arith::CmpIPredicate::ne,
                                                function.getArgument(8), k.index(0));
       Value copyAll = arith::AndIOp::create(b, loc, accumulate, full);
-      auto op = scf::IfOp::create(b, loc, copyAll, /*withElse=*/true);
-      {
-        OpBuilder::InsertionGuard guard(b);
-        b.setInsertionPointToStart(op.thenBlock());
+      auto widen = [&] {
         k.loop(tokens, 1, [&](Value token) {
           Value from = k.at(yBase, k.mul(token, rowBytes));
           Value to = k.at(base, k.mul(token, 128));
           for (int64_t c = 0; c < 32; c += lanes)
             k.store(k.loadF32(k.at(from, c * elementBytes), lanes, spec.bf16Y), k.at(to, c * 4));
         });
-        b.setInsertionPointToStart(op.elseBlock());
+      };
+      auto clear = [&] {
         k.loop(tokens, 1, [&](Value token) {
           Value to = k.at(base, k.mul(token, 128));
           for (int64_t c = 0; c < 32; c += lanes)
@@ -145,7 +143,8 @@ func::FuncOp moe::emitPanelKernel(OpBuilder &b, Location loc, const PanelKernelS
             });
           });
         });
-      }
+      };
+      k.ifThenElse(copyAll, widen, clear);
       return;
     }
     k.ifThen(full, [&] {

@@ -255,10 +255,12 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
         s.form = KernelForm::Combine;
         s.bf16Result = !bf16;
         add(s);
-        s = spec;
-        s.order = KernelOrder::BFirst;
+        s.indexed = false;
         add(s);
-        s.order = KernelOrder::AFirst;
+        s = spec;
+        s.order = LoadOrder::BFirst;
+        add(s);
+        s.order = LoadOrder::AFirst;
         add(s);
       }
   return cases;
@@ -382,34 +384,38 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
     break;
   }
   case KernelForm::Rows: {
-    auto kernel =
-        reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, int64_t)>(
-            address);
+    auto kernel = reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t,
+                                            int64_t, int64_t)>(address);
     int64_t outParts = spec.epilogue ? 1 : spec.parts, element = spec.bf16Result ? 2 : 4;
     int64_t partBytes = columns * element + 24, rowBytes = partBytes * outParts + 8;
-    Buffer out(rowBytes * rows);
-    kernel(a, b, in.groups, in.panelBytes, out.data(), rowBytes, partBytes);
-    if (!out.guardsHold())
-      fail("{0}: wrote outside its rows", test.name);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t part = 0; part < outParts; ++part) {
-        int64_t at = r * rowBytes + part * partBytes;
-        for (int64_t c = 0; c < columns; ++c)
-          if (spec.bf16Result) {
-            uint16_t want = toBF16(chain[r * lanes + laneOf(c, part)]);
-            if (reinterpret_cast<uint16_t *>(out.data() + at)[c] != want)
-              fail("{0}: expected bf16 bits {1}", where(r, c), want);
-          } else {
-            compare(r, c, part, reinterpret_cast<float *>(out.data() + at)[c]);
-          }
-        if (!out.untouched(at + columns * element, at + columns * element + 24))
-          fail("{0}: wrote beyond the columns of row {1}", test.name, r);
-      }
+    for (int64_t real : {columns, columns + 100, columns - 1, columns - 15, int64_t(1)}) {
+      Buffer out(rowBytes * rows);
+      kernel(a, b, in.groups, in.panelBytes, out.data(), rowBytes, partBytes, real);
+      if (!out.guardsHold())
+        fail("{0}: wrote outside its rows", test.name);
+      real = std::min(real, columns);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t part = 0; part < outParts; ++part) {
+          int64_t at = r * rowBytes + part * partBytes;
+          for (int64_t c = 0; c < real; ++c)
+            if (spec.bf16Result) {
+              uint16_t want = toBF16(chain[r * lanes + laneOf(c, part)]);
+              if (reinterpret_cast<uint16_t *>(out.data() + at)[c] != want)
+                fail("{0}: expected bf16 bits {1}", where(r, c), want);
+            } else {
+              compare(r, c, part, reinterpret_cast<float *>(out.data() + at)[c]);
+            }
+          if (!out.untouched(at + real * element, at + columns * element + 24))
+            fail("{0}: wrote beyond the columns of row {1}", test.name, r);
+        }
+    }
     break;
   }
   case KernelForm::Combine: {
     auto kernel = reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t,
                                             int32_t *, float *, int64_t)>(address);
+    auto plain =
+        reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t)>(address);
     for (int64_t slots : {1, 3}) {
       // One token per row, in shuffled order; the last row repeats the first row's token.
       int64_t tokens = rows + 2;
@@ -437,11 +443,15 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
           float row = chain[r * lanes + c];
           if (spec.bf16Result)
             row = fromBF16(toBF16(row));
-          float &v = want[pairs[r] / slots * lanes + c];
-          v = std::fma(weights[pairs[r]], row, v);
+          int64_t token = spec.indexed ? pairs[r] / slots : r + 1;
+          float &v = want[token * lanes + c];
+          v = spec.indexed ? std::fma(weights[pairs[r]], row, v) : v + row;
         }
-      kernel(a, b, in.groups, in.panelBytes, y.data(), scratchBytes, pairs.data(), weights.data(),
-             slots);
+      if (!spec.indexed)
+        plain(a, b, in.groups, in.panelBytes, y.data() + 128, scratchBytes);
+      else
+        kernel(a, b, in.groups, in.panelBytes, y.data(), scratchBytes, pairs.data(), weights.data(),
+               slots);
       if (!y.guardsHold())
         fail("{0}: wrote outside the scratch", test.name);
       for (int64_t t = 0; t < tokens; ++t)
@@ -777,9 +787,9 @@ static void checkSelect(const SelectKernelSpec &spec, void *address, std::mt1993
              got[j]);
       // logit - largest logit is rounded before exp: half an ulp of it is a relative error here.
       double bound = 1e-6 + 1.2e-7 * std::fabs(double(row[order[j]]) - row[order[0]]);
-      bool close = std::isnan(want[j])
-                       ? std::isnan(gotWeights[j])
-                       : std::fabs(gotWeights[j] - want[j]) <= bound * want[j] + 1e-37;
+      bool close = std::isnan(want[j]) ? std::isnan(gotWeights[j])
+                   : want[j] == 0 ? gotWeights[j] == 0
+                                  : std::fabs(gotWeights[j] - want[j]) <= bound * want[j] + 1e-37;
       if (!close)
         fail("{0}: token {1} slot {2} expected weight {3}, but got {4}", name, t, j, want[j],
              gotWeights[j]);
