@@ -90,3 +90,34 @@ def test_numpy_and_torch_agree(compiled, row, dtype):
     assert torch.equal(y, back if dtype == "f32" else back.view(torch.bfloat16))
     if layer.kind == "moe":
         np.testing.assert_array_equal(layer.route(array)[0], layer.route(x)[0].numpy())
+
+
+@pytest.mark.parametrize("row", ["mixtral", "olmoe", "qwen3_moe", "mixtral-gelu"])
+def test_ties_go_to_the_lowest_id(compiled, row, dtype, level):
+    """Experts with equal router rows have equal bits as logits."""
+    c = compiled(row, dtype)
+    import moec
+
+    library = moec.load(c.path, cpu_level=level)  # weights of its own: these are changed
+    layer, block = library.layers[0], c.checkpoint.blocks[0]
+    e, k = block.spec["E"], block.spec["K"]
+    x = oracle.tokens(33, block.hidden, dtype)
+
+    layer.set_weight("router", block.weights["router"][:1].expand(e, -1))
+    ids, weights = layer.route(x)
+    assert torch.equal(ids, torch.arange(k, dtype=torch.int32).expand(33, k))
+    one = 1 / k if block.reference().spec["router"]["renormalize"] == "sum" else 1 / e
+    np.testing.assert_allclose(weights.numpy(), one, rtol=2e-6)
+
+    # In pairs: whichever pair wins, its lower number comes first.
+    pairs = block.weights["router"].clone()
+    pairs[1::2] = pairs[0::2][: len(pairs[1::2])]
+    layer.set_weight("router", pairs)
+    ids, weights = layer.route(x)
+    logits = oracle.wide(x) @ oracle.wide(pairs[::2]).T
+    distinct = np.diff(np.sort(logits, -1), axis=-1).min(-1) > 1e-4
+    assert distinct.any()
+    best = np.argsort(-logits, -1) * 2
+    both = np.stack([best, best + 1], -1).reshape(len(x), -1)
+    expected = np.stack([row[row < e][:k] for row in both])  # with an odd E the last is alone
+    np.testing.assert_array_equal(ids.numpy()[distinct], expected[distinct])
