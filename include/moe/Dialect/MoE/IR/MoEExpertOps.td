@@ -83,6 +83,7 @@ def MoE_CombineOp : MoE_DpsOp<"combine", [AttrSizedOperandSegments]> {
     Arg<Optional<I1>, "whether y is added to">:$accumulate,
     Arg<MoE_Rows, "y [T, H]">:$out,
     MoE_CombineAttr:$combine);
+  let hasCanonicalizeMethod = 1;
   let results = (outs Variadic<AnyRankedTensor>:$results);
   let assemblyFormat = [{
     `ins` `(` $rows `,` $offsets `:` type($rows) `,` type($offsets) `)`
@@ -119,6 +120,7 @@ def MoE_FfnOp : MoE_DpsOp<"ffn"> {
     Arg<Optional<I1>, "whether y is added to">:$accumulate,
     Arg<MoE_Rows, "y [T, H]">:$out,
     MoE_ExpertAttr:$expert);
+  let hasCanonicalizeMethod = 1;
   let results = (outs Variadic<AnyRankedTensor>:$results);
   let assemblyFormat = [{
     `ins` `(` $x `,` $up `,` $down `:` type($x) `,` qualified(type($up)) `,` qualified(type($down)) `)`
@@ -218,6 +220,7 @@ def MoE_GroupedMatmulOp : MoE_DpsOp<"grouped_matmul",
     OptionalAttr<TypeAttrOf<MoE_Float>>:$row_type,
     OptionalAttr<TypeAttrOf<MoE_Float>>:$combine_type,
     OptionalAttr<MoE_StrategyAttr>:$strategy);
+  let hasCanonicalizeMethod = 1;
   let results = (outs Variadic<AnyRankedTensor>:$results);
   let regions = (region AnyRegion:$epilogue);
   let assemblyFormat = [{

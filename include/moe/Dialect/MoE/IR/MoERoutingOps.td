@@ -130,7 +130,7 @@ def MoE_RouterOp : MoE_DpsOp<"router",
       return ::mlir::MutableOperandRange(getOperation(), 2, getNumOperands() - 2);
     }
   }];
-  let hasCanonicalizer = 1;
+  let hasCanonicalizeMethod = 1;
 }
 
 def MoE_DispatchOp : MoE_DpsOp<"dispatch",
@@ -214,7 +214,7 @@ def MoE_RouteDispatchOp : MoE_DpsOp<"route_dispatch",
       return ::mlir::MutableOperandRange(getOperation(), 2, getNumOperands() - 2);
     }
   }];
-  let hasCanonicalizer = 1;
+  let hasCanonicalizeMethod = 1;
 }
 
 def MoE_SingleGroupOp : MoE_DpsOp<"single_group"> {
