@@ -139,10 +139,10 @@ typedef struct {
    Errors, after which *model is NULL and nothing stays open or allocated:
    E-ARGUMENT (null pointer, unknown load), E-PATH (no library in the folder, or several; a file
    name that is not plain), E-IO (a file cannot be read), E-ABI (code of another major or a later
-   minor version), E-ISA (this machine or the library lacks the level), E-UNSUPPORTED (device),
-   E-FILE-FORMAT (not a packed file, truncated, of a later schema), E-WEIGHTS (weights of
-   other code), E-LAYOUT (tensors other than the code wants), E-HASH (verify: bytes changed),
-   E-MEMORY. */
+   minor version), E-ISA (this machine or the library lacks the level), E-UNSUPPORTED and
+   E-NO-DEVICE (device), E-FILE-FORMAT (not a packed file, truncated, of a later schema),
+   E-WEIGHTS (weights of other code), E-LAYOUT (tensors other than the code wants), E-HASH (verify:
+   bytes changed), E-MEMORY. */
 MOEC_API int moec_open(const char *dir, const moec_open_options *options, moec_model **model,
                        moec_error *error);
 

@@ -377,6 +377,12 @@ int main(int argc, char **argv) {
   wrong[18] = (char)183; /* AArch64 */
   write_file(path("m/libmock.so"), wrong, bytes);
   FAILS(try_open(), ISA, "machine 183");
+  memcpy(wrong, library, bytes);
+  uint64_t phoff, far = (uint64_t)1 << 40;
+  memcpy(&phoff, library + 32, 8);
+  memcpy(wrong + phoff + 32, &far, 8); /* size in the file of the first segment */
+  write_file(path("m/libmock.so"), wrong, bytes);
+  FAILS(try_open(), FILE_FORMAT, "truncated");
   free(wrong);
   unlink(path("m/libmock.so"));
   FAILS(try_open(), PATH, "but got 0");
@@ -388,6 +394,32 @@ int main(int argc, char **argv) {
   unlink(path("m/libmock.so"));
   write_file(path("m/libmock.so"), library, bytes);
   OK(try_open());
+
+  /* A snapshot of a Hugging Face cache: links lead to the blobs of the same repository alone. */
+  mkdir(path("models--a"), 0777);
+  mkdir(path("models--a/blobs"), 0777);
+  mkdir(path("models--a/snapshots"), 0777);
+  mkdir(path("models--a/snapshots/1"), 0777);
+  for (int i = 0; i < MOCK_LAYERS; ++i) {
+    char from[64], target[64], link[96];
+    snprintf(from, sizeof from, "m/weights/%s", mock_moec_module.layers[i].file);
+    snprintf(target, sizeof target, "../../blobs/%d", i);
+    snprintf(link, sizeof link, "models--a/snapshots/1/%s", mock_moec_module.layers[i].file);
+    size_t n;
+    char *data = read_file(path(from), &n);
+    snprintf(from, sizeof from, "models--a/blobs/%d", i);
+    write_file(path(from), data, n);
+    free(data);
+    CHECK(!symlink(target, path(link)));
+  }
+  char snapshot[512];
+  snprintf(snapshot, sizeof snapshot, "%s", path("models--a/snapshots/1"));
+  options.weights = snapshot;
+  OK(try_open());
+  rename(path("models--a/blobs"), path("models--a/other"));
+  CHECK(!symlink("other", path("models--a/blobs")));
+  FAILS(try_open(), PATH, "link that leaves it");
+  MOEC_INIT(options);
 
   /* weight file: missing, folder, pipe, links, truncated, longer */
   rename(path(LAYER2), path("m/weights/kept"));
@@ -439,6 +471,9 @@ int main(int argc, char **argv) {
   WITH_BYTES(AT(tensors[1].offset), "\0\0\0\0\1", 5, FAILS(try_open(), FILE_FORMAT, "gate_up"));
   WITH_BYTES(AT(tensors[1].offset), "\0\xf0\xff\xff\xff\xff\xff\xff", 8,
              FAILS(try_open(), FILE_FORMAT, "gate_up"));
+
+  uint64_t late = whole_bytes - 4096; /* begins inside, ends outside */
+  WITH_BYTES(AT(tensors[1].offset), &late, 8, FAILS(try_open(), FILE_FORMAT, "gate_up"));
 
   /* A changed weight byte is seen by verify alone. */
   OK(try_open());

@@ -161,8 +161,11 @@ ROUTER(0)
 EXPERTS(0)
 CODE(1)
 ROUTER(1)
-EXPERTS(1) CODE(2) static const moec_stage_fn e200[] = {up20, down20},
-                                              e211[] = {up21, down21}; /* no mixed types */
+EXPERTS(1)
+CODE(2)
+/* clang-format off */ /* it takes the line above for a type */
+static const moec_stage_fn e200[] = {up20, down20}, e211[] = {up21, down21}; /* no mixed types */
+/* clang-format on */
 
 #define MOE_ENTRIES(c)                                                                             \
   {                                                                                                \

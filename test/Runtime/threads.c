@@ -9,13 +9,12 @@
 
 /* ---- allocations are counted ---- */
 
+#ifndef NO_COUNTING
 static int counting;
 static long allocations;
 void *__libc_malloc(size_t);
 void *__libc_calloc(size_t, size_t);
 void *__libc_realloc(void *, size_t);
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(NO_COUNTING)
-#define COUNTING 1
 void *malloc(size_t n) {
   __atomic_fetch_add(&allocations, counting, __ATOMIC_RELAXED);
   return __libc_malloc(n);
@@ -456,7 +455,7 @@ static void workspaces(moec_model *m) {
 }
 
 static void no_allocation(moec_model *m) {
-#ifdef COUNTING
+#ifndef NO_COUNTING
   moec_executor *e = pool(2, 0);
   moec_context *c = context(m, e, 16);
   float y[T * H], logits[T * E];
