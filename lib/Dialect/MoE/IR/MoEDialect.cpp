@@ -27,6 +27,9 @@ void MoEDialect::initialize() {
 
 LogicalResult MoEDialect::verifyOperationAttribute(Operation *op, NamedAttribute attribute) {
   StringRef name = attribute.getName();
+  // A module carries what phases hand on: targets, and the driver's description of the model.
+  if (isa<ModuleOp>(op))
+    return success();
   if (!isa<FunctionOpInterface>(op))
     return op->emitError() << "expected attribute '" << name << "' on a function, but got it on '"
                            << op->getName() << "'";
@@ -61,11 +64,12 @@ LogicalResult MoEDialect::verifyRegionArgAttribute(Operation *op, unsigned regio
   auto where = [&] { return op->emitError() << "argument " << argIndex << ": "; };
   if (name == kArgAttrName) {
     static constexpr StringLiteral kRoles[] = {"x",      "y",          "weights", "experts",
-                                               "logits", "accumulate", "weight"};
+                                               "logits", "accumulate", "weight",  "offsets",
+                                               "lanes",  "workspace"};
     auto role = dyn_cast<StringAttr>(attribute.getValue());
     if (!role || !llvm::is_contained(kRoles, role.getValue()))
       return where() << "expected 'moe.arg' to be one of x, y, weights, experts, logits, "
-                        "accumulate, weight, but got "
+                        "accumulate, weight, offsets, lanes, workspace, but got "
                      << attribute.getValue();
     return success();
   }

@@ -168,7 +168,11 @@ LogicalResult LayerOp::verifySymbolUses(SymbolTableCollection &tables) {
     return failure();
   if (ArrayAttr entries = getEntriesAttr())
     for (auto entry : entries.getAsRange<EntryAttr>())
-      if (failed(checkFunction(entry.getFunction())))
+      // Once outlined, an entry lives on as its stages and its workspace function.
+      if (!tables.lookupNearestSymbolFrom(
+              *this,
+              StringAttr::get(getContext(), entry.getFunction().getValue() + "_workspace_bytes")) &&
+          failed(checkFunction(entry.getFunction())))
         return failure();
   // layer_c3
   for (auto symbol : getWeights().getAsRange<FlatSymbolRefAttr>())

@@ -35,8 +35,9 @@ def MoE_Dialect : Dialect {
 
     Attributes of functions: `moe.entry` (`"forward"`, `"route"`, `"experts"`), `moe.compute` (the
     type that activations are rounded to), `moe.target`. Attributes of function arguments: `moe.arg`
-    (`"x"`, `"y"`, `"weights"`, `"experts"`, `"logits"`, `"accumulate"`, `"weight"`) and
-    `moe.weight_index` (position in the layer's weights, with `moe.arg = "weight"`).
+    (`"x"`, `"y"`, `"weights"`, `"experts"`, `"logits"`, `"accumulate"`, `"weight"`; made by passes:
+    `"offsets"`, `"lanes"`, `"workspace"`) and `moe.weight_index` (position in the layer's weights,
+    with `moe.arg = "weight"`).
   }];
   let dependentDialects = ["arith::ArithDialect"];
   let useDefaultTypePrinterParser = 1;

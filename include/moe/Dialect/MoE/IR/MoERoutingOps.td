@@ -47,7 +47,8 @@ def MoE_LayerOp : MoE_Op<"layer", [Symbol, DeclareOpInterfaceMethods<SymbolUserO
     functions have been cloned per level and type; it then replaces `forward`, `route` and `experts`.
 
     Constraints: (C1) a `moe` layer has forward, route and experts, a `dense` one forward alone, or
-    either has entries; (C2) every function is a `func.func` of the module; (C3) every weight is a
+    either has entries; (C2) every function is a `func.func` of the module, or an entry
+    whose stages have been outlined (`@<function>_workspace_bytes` exists); (C3) every weight is a
     `moe.weight` of the module; (C4) index is not negative.
 
     Example:

@@ -1,0 +1,136 @@
+//===- BuildCodeTable.cpp - the module table from moe symbols -------------===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#include "moe/Dialect/MoE/IR/MoEOps.h"
+#include "moe/Support/Error.h"
+#include "moe/Target/CPU/Level.h"
+#include "moe/Target/CPU/ModuleTable.h"
+
+#include "mlir/IR/BuiltinOps.h"
+#include "mlir/IR/SymbolTable.h"
+#include "moec/module.h"
+
+using namespace mlir;
+using namespace mlir::moe;
+using moec::ErrorCode;
+using moec::makeError;
+
+static int32_t typeCode(Type type) { return type.isF32() ? MOEC_DT_F32 : MOEC_DT_BF16; }
+
+static std::string cIdentifier(StringRef name) {
+  std::string result;
+  for (char c : name)
+    result += llvm::isAlnum(c) || c == '_' ? c : '_';
+  if (result.empty() || llvm::isDigit(result[0]))
+    result.insert(result.begin(), '_');
+  return result;
+}
+
+static WeightEntry describe(WeightOp op) {
+  auto type = cast<WeightType>(op.getType());
+  WeightEntry entry;
+  entry.role = op.getRole().str();
+  entry.format = type.getFormat().getFormatName().str();
+  entry.layout = type.getLayout().getLayoutName().str();
+  entry.experts = type.getExperts();
+  entry.parts = type.getParts();
+  entry.rows = type.getRows();
+  entry.cols = type.getCols();
+  entry.bytes = static_cast<uint64_t>(type.packedBytes());
+  return entry;
+}
+
+/// Multiplications and additions of one token, counted as two.
+static uint64_t activeFlops(const LayerCode &code) {
+  uint64_t flops = 0;
+  for (const WeightEntry &w : code.weights) {
+    uint64_t product = 2ull * w.parts * w.rows * w.cols;
+    flops += w.role == "router" ? product : product * static_cast<uint64_t>(code.K);
+  }
+  return flops;
+}
+
+llvm::Expected<CodeTable> mlir::moe::buildCodeTable(ModuleOp module, StringRef name,
+                                                    StringRef version, bool needCode) {
+  CodeTable table;
+  table.name = cIdentifier(name);
+  table.version = version.str();
+  SymbolTable symbols(module);
+  // Layers whose code is the same in every respect share one record.
+  llvm::StringMap<unsigned> known;
+  for (LayerOp layer : module.getOps<LayerOp>()) {
+    std::string key;
+    llvm::raw_string_ostream keyText(key);
+    LayerCode code;
+    code.kind = layer.getKind() == LayerKind::Dense ? 1 : 0;
+    code.compute = typeCode(layer.getCompute());
+    DimsAttr dims = layer.getDims();
+    code.H = dims.getH();
+    code.F = dims.getF();
+    code.E = dims.getE();
+    code.K = dims.getK();
+    code.S = dims.getS();
+    keyText << code.kind << layer.getCompute() << dims;
+    for (auto reference : layer.getWeights().getAsRange<FlatSymbolRefAttr>()) {
+      auto weight = symbols.lookup<WeightOp>(reference.getAttr());
+      if (!weight)
+        return makeError(ErrorCode::INTERNAL, "layer `" + layer.getLayerName() + "`",
+                         "a weight `" + reference.getValue() + "`", "none");
+      code.weights.push_back(describe(weight));
+      keyText << weight.getRole() << weight.getType();
+    }
+    code.activeFlops = activeFlops(code);
+    if (layer.getEntriesAttr())
+      keyText << layer.getEntriesAttr();
+    else
+      keyText << layer.getForwardAttr() << layer.getRouteAttr() << layer.getExpertsAttr();
+
+    auto [place, inserted] = known.try_emplace(keyText.str(), table.codes.size());
+    if (inserted) {
+      if (needCode && !layer.getEntriesAttr())
+        return makeError(ErrorCode::INTERNAL, "layer `" + layer.getLayerName() + "`",
+                         "compiled entries", "none", "run the phases up to `outline` first");
+      ArrayAttr entries = layer.getEntriesAttr();
+      for (Attribute attribute : entries ? entries.getValue() : ArrayRef<Attribute>()) {
+        auto entry = cast<EntryAttr>(attribute);
+        std::string function = entry.getFunction().getValue().str();
+        CodeEntry made;
+        made.kind = static_cast<int32_t>(entry.getKind());
+        made.xType = typeCode(entry.getX());
+        made.yType = typeCode(entry.getY());
+        made.workspaceBytes = function + "_workspace_bytes";
+        while (symbols.lookup(function + "_stage" + std::to_string(made.stages.size())))
+          made.stages.push_back(function + "_stage" + std::to_string(made.stages.size()));
+        if (needCode && (made.stages.empty() || !symbols.lookup(made.workspaceBytes)))
+          return makeError(ErrorCode::INTERNAL, "layer `" + layer.getLayerName() + "`",
+                           "stages of the entry `" + function + "`", "none",
+                           "run the phases up to `outline` first");
+        const CPULevel *level = findCPULevel(entry.getLevel());
+        if (!level)
+          return makeError(ErrorCode::TARGET, "entry `" + function + "`", "a known CPU level",
+                           "`" + entry.getLevel() + "`");
+        auto list =
+            llvm::find_if(code.levels, [&](const LevelCode &l) { return l.level == level->name; });
+        if (list == code.levels.end()) {
+          code.levels.push_back({level->name.str(), level->rank, {}});
+          list = std::prev(code.levels.end());
+        }
+        list->entries.push_back(std::move(made));
+      }
+      llvm::sort(code.levels,
+                 [](const LevelCode &a, const LevelCode &b) { return a.rank < b.rank; });
+      table.codes.push_back(std::move(code));
+    }
+    LayerEntry entry;
+    entry.name = layer.getLayerName().str();
+    entry.file = entry.name + ".safetensors";
+    entry.index = static_cast<int32_t>(layer.getIndex());
+    entry.code = place->second;
+    table.layers.push_back(std::move(entry));
+  }
+  return table;
+}

@@ -1,0 +1,298 @@
+//===- SelectStrategy.cpp - the schedule of every matmul ------------------===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#include "moe/Dialect/MoE/IR/MoEOps.h"
+#include "moe/Target/CPU/Level.h"
+#include "moe/Target/CPU/Passes.h"
+
+#include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "llvm/ADT/StringSet.h"
+#include "llvm/Support/JSON.h"
+#include "llvm/Support/MemoryBuffer.h"
+
+namespace mlir::moe {
+#define GEN_PASS_DEF_MOESELECTSTRATEGY
+#include "moe/Target/CPU/Passes.h.inc"
+} // namespace mlir::moe
+
+using namespace mlir;
+using namespace mlir::moe;
+
+namespace {
+
+/// The fields of a strategy that a person can change.
+struct Fields {
+  int64_t rows = 0, panels = 0, prefetch = 0, chunkRows = 0, panelsPerTask = 0;
+  KernelOrder order = KernelOrder::BFirst;
+};
+
+struct SelectStrategyPass : public mlir::moe::impl::MoESelectStrategyBase<SelectStrategyPass> {
+  using MoESelectStrategyBase::MoESelectStrategyBase;
+
+  void runOnOperation() override;
+
+private:
+  LogicalResult readOverrides(llvm::json::Value &result);
+  LogicalResult override(Operation *op, StringRef function, StringRef name, Fields &fields);
+  LogicalResult apply(Operation *op, const llvm::json::Object &changes, Fields &fields);
+  LogicalResult select(func::FuncOp func, const CPULevel &level);
+  FailureOr<StrategyAttr> build(Operation *op, const CPULevel &level, const Fields &fields,
+                                RowSource source, ResultForm result);
+
+  llvm::json::Value changes = nullptr;
+  llvm::StringSet<> usedKeys;
+};
+
+} // namespace
+
+/// `*` stands for any characters.
+static bool matches(StringRef pattern, StringRef text) {
+  size_t star = pattern.find('*');
+  if (star == StringRef::npos)
+    return pattern == text;
+  if (!text.consume_front(pattern.take_front(star)))
+    return false;
+  StringRef rest = pattern.drop_front(star + 1);
+  for (size_t i = 0; i <= text.size(); ++i)
+    if (matches(rest, text.drop_front(i)))
+      return true;
+  return false;
+}
+
+/// Rows that the register file allows for a kernel of `panels` panels.
+static int64_t mostRows(const CPULevel &level, int64_t panels) {
+  int64_t vectors = panels * 32 / level.lanes(), rows = 0;
+  while (UkernelAttr::getRegistersNeeded(rows + 1, vectors) <= int64_t(level.vectorRegisters))
+    ++rows;
+  return rows;
+}
+
+/// Defaults by level and shape. The reasons are measurements: a block as tall as the registers
+/// allow reads every weight once per 14 (or 3) rows; chunks keep the packed rows of a lane, at four
+/// bytes an element, below 1 MB of L2; four panels a task share one pass over the rows.
+static Fields defaults(const CPULevel &level, WeightType weight, bool combine) {
+  Fields fields;
+  fields.panels = 1;
+  fields.rows = mostRows(level, 1);
+  // With fewer rows than vectors, broadcasting the rows first leaves fewer live registers.
+  fields.order =
+      fields.rows < 32 / int64_t(level.lanes()) ? KernelOrder::AFirst : KernelOrder::BFirst;
+  fields.prefetch = 1024;
+  int64_t fit = (int64_t(1) << 20) / (4 * weight.getCols());
+  fit = std::clamp<int64_t>(fit, 4 * fields.rows, 512);
+  // A whole number of blocks, so that no chunk ends in a thin one.
+  fields.chunkRows = fit / fields.rows * fields.rows;
+  fields.panelsPerTask = std::min<int64_t>(combine ? 8 : 4, weight.panelCount());
+  return fields;
+}
+
+LogicalResult SelectStrategyPass::readOverrides(llvm::json::Value &result) {
+  std::string text = overrides;
+  if (!overridesFile.empty()) {
+    auto file = llvm::MemoryBuffer::getFile(overridesFile, /*IsText=*/true);
+    if (!file)
+      return getOperation().emitError("expected a readable strategy file `")
+             << overridesFile << "`, but got: " << file.getError().message();
+    text = (*file)->getBuffer().str();
+  }
+  if (text.empty())
+    return success();
+  auto parsed = llvm::json::parse(text);
+  if (!parsed)
+    return getOperation().emitError("expected strategy overrides as JSON, but got: ")
+           << llvm::toString(parsed.takeError());
+  if (!parsed->getAsObject())
+    return getOperation().emitError(
+        "expected strategy overrides as a JSON object of functions, but got another value");
+  result = std::move(*parsed);
+  return success();
+}
+
+LogicalResult SelectStrategyPass::apply(Operation *op, const llvm::json::Object &changes,
+                                        Fields &fields) {
+  for (const auto &[key, value] : changes) {
+    StringRef name = key;
+    if (name == "order") {
+      auto order = value.getAsString();
+      auto symbol = order ? symbolizeKernelOrder(*order) : std::nullopt;
+      if (!symbol)
+        return op->emitOpError("expected strategy field `order` to be \"b_first\" or "
+                               "\"a_first\", but got another value");
+      fields.order = *symbol;
+      continue;
+    }
+    int64_t *field = llvm::StringSwitch<int64_t *>(name)
+                         .Case("rows", &fields.rows)
+                         .Case("panels", &fields.panels)
+                         .Case("prefetch", &fields.prefetch)
+                         .Case("chunk_rows", &fields.chunkRows)
+                         .Case("panels_per_task", &fields.panelsPerTask)
+                         .Default(nullptr);
+    if (!field)
+      return op->emitOpError("expected a strategy field (rows, panels, order, prefetch, "
+                             "chunk_rows, panels_per_task), but got `")
+             << name << "`";
+    auto number = value.getAsInteger();
+    if (!number)
+      return op->emitOpError("expected strategy field `")
+             << name << "` to be an integer, but got another value";
+    *field = *number;
+  }
+  return success();
+}
+
+LogicalResult SelectStrategyPass::override(Operation *op, StringRef function, StringRef name,
+                                           Fields &fields) {
+  const llvm::json::Object *functions = changes.getAsObject();
+  if (!functions)
+    return success();
+  // JSON objects have no order here: patterns apply first, from the shortest, then the exact name.
+  auto ordered = [&](const llvm::json::Object &object, StringRef text) {
+    SmallVector<std::pair<StringRef, const llvm::json::Value *>> found;
+    for (const auto &[key, value] : object)
+      if (matches(StringRef(key), text))
+        found.push_back({StringRef(key), &value});
+    llvm::sort(found, [](auto &a, auto &b) {
+      auto rank = [](StringRef key) {
+        return std::make_tuple(!key.contains('*'), key.size(), key);
+      };
+      return rank(a.first) < rank(b.first);
+    });
+    return found;
+  };
+  for (auto [functionKey, ops] : ordered(*functions, function)) {
+    const llvm::json::Object *object = ops->getAsObject();
+    if (!object)
+      return op->emitOpError("expected strategy overrides of `")
+             << functionKey << "` as a JSON object, but got another value";
+    for (auto [opKey, fieldsValue] : ordered(*object, name)) {
+      const llvm::json::Object *change = fieldsValue->getAsObject();
+      if (!change)
+        return op->emitOpError("expected strategy overrides of `")
+               << opKey << "` as a JSON object, but got another value";
+      usedKeys.insert((functionKey + "/" + opKey).str());
+      if (failed(apply(op, *change, fields)))
+        return failure();
+    }
+  }
+  return success();
+}
+
+FailureOr<StrategyAttr> SelectStrategyPass::build(Operation *op, const CPULevel &level,
+                                                  const Fields &fields, RowSource source,
+                                                  ResultForm result) {
+  auto emit = [&] { return op->emitOpError("illegal strategy: "); };
+  auto kernel = UkernelAttr::getChecked(emit, &getContext(), level.name, fields.rows, fields.panels,
+                                        fields.order, fields.prefetch);
+  if (!kernel)
+    return failure();
+  auto strategy = StrategyAttr::getChecked(emit, &getContext(), kernel, fields.chunkRows,
+                                           fields.panelsPerTask, source, result);
+  if (!strategy)
+    return failure();
+  return strategy;
+}
+
+LogicalResult SelectStrategyPass::select(func::FuncOp func, const CPULevel &level) {
+  StringRef function = func.getSymName();
+  unsigned number = 0;
+  std::optional<int64_t> chunkRows, blockRows;
+  WalkResult walk = func.walk([&](Operation *op) {
+    StrategyAttr strategy;
+    auto choose = [&](WeightType weight, const Twine &name, RowSource source, ResultForm result,
+                      bool combine, bool shared) -> LogicalResult {
+      Fields fields = defaults(level, weight, combine);
+      // The matmuls of one function walk the same list of chunks and, where the rows between them
+      // stay in blocks, the same blocks.
+      if (shared && chunkRows)
+        fields.chunkRows = *chunkRows;
+      if (failed(override(op, function, name.str(), fields)))
+        return failure();
+      if (shared) {
+        if (chunkRows && fields.chunkRows != *chunkRows)
+          return op->emitOpError("illegal strategy: expected chunk_rows ")
+                 << *chunkRows << " as in the matmul before it, but got " << fields.chunkRows;
+        if (source == RowSource::Blocked && blockRows && fields.rows != *blockRows)
+          return op->emitOpError("illegal strategy: expected rows ")
+                 << *blockRows << " as in the matmul that wrote the blocks, but got "
+                 << fields.rows;
+        chunkRows = fields.chunkRows;
+        blockRows = fields.rows;
+      }
+      FailureOr<StrategyAttr> built = build(op, level, fields, source, result);
+      if (failed(built))
+        return failure();
+      strategy = *built;
+      return success();
+    };
+    LogicalResult result = success();
+    if (auto router = dyn_cast<RouterOp>(op)) {
+      result = choose(cast<WeightType>(router.getWeight().getType()), "router", RowSource::Rows,
+                      ResultForm::Rows, false, false);
+      if (succeeded(result))
+        router.setStrategyAttr(strategy);
+    } else if (auto router = dyn_cast<RouteDispatchOp>(op)) {
+      result = choose(cast<WeightType>(router.getWeight().getType()), "router", RowSource::Rows,
+                      ResultForm::Rows, false, false);
+      if (succeeded(result))
+        router.setStrategyAttr(strategy);
+    } else if (auto matmul = dyn_cast<GroupedMatmulOp>(op)) {
+      RowSource source = RowSource::Rows;
+      if (matmul.hasVia())
+        source = RowSource::Gather;
+      else if (auto producer = matmul.getRows().getDefiningOp<GroupedMatmulOp>())
+        if (producer.getStrategyAttr() &&
+            producer.getStrategyAttr().getResult() == ResultForm::Blocked)
+          source = RowSource::Blocked;
+      // Row blocks suit a reader that is a matmul on the same rows; anything else wants rows.
+      ResultForm form = ResultForm::Rows;
+      if (matmul.hasCombine()) {
+        form = ResultForm::Combine;
+      } else if (matmul.hasEpilogue() && matmul->getResult(0).hasOneUse()) {
+        auto reader = dyn_cast<GroupedMatmulOp>(*matmul->getResult(0).user_begin());
+        if (reader && reader.getRows() == matmul->getResult(0) && !reader.hasVia())
+          form = ResultForm::Blocked;
+      }
+      result = choose(matmul.getWeightType(), "grouped_matmul." + Twine(number++), source, form,
+                      matmul.hasCombine(), true);
+      if (succeeded(result))
+        matmul.setStrategyAttr(strategy);
+    }
+    return failed(result) ? WalkResult::interrupt() : WalkResult::advance();
+  });
+  return failure(walk.wasInterrupted());
+}
+
+void SelectStrategyPass::runOnOperation() {
+  changes = nullptr;
+  usedKeys.clear();
+  if (failed(readOverrides(changes)))
+    return signalPassFailure();
+  for (auto func : getOperation().getOps<func::FuncOp>()) {
+    auto target = func->getAttrOfType<TargetAttr>(MoEDialect::kTargetAttrName);
+    if (!target)
+      continue;
+    const CPULevel *level = findCPULevel(target.getLevel());
+    if (!level || !level->implemented) {
+      func.emitOpError("expected level ")
+          << implementedLevelNames() << ", but got `" << target.getLevel() << "`";
+      return signalPassFailure();
+    }
+    if (failed(select(func, *level)))
+      return signalPassFailure();
+  }
+  // An override that matches nothing is a slip of the pen.
+  if (const llvm::json::Object *functions = changes.getAsObject())
+    for (const auto &[functionKey, ops] : *functions)
+      if (const llvm::json::Object *object = ops.getAsObject())
+        for (const auto &[opKey, value] : *object)
+          if (!usedKeys.contains((StringRef(functionKey) + "/" + StringRef(opKey)).str())) {
+            getOperation().emitError("expected strategy overrides to name a matmul, but got `")
+                << StringRef(functionKey) << "` / `" << StringRef(opKey) << "`, which matches none";
+            return signalPassFailure();
+          }
+}
