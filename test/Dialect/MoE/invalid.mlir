@@ -181,7 +181,7 @@ func.func private @unknown_attribute() attributes {moe.entri = "forward"}
 // -----
 
 // arg_attribute
-// expected-error @below {{argument 0: expected 'moe.arg' to be one of x, y, weights, experts, logits, accumulate, weight, but got "z"}}
+// expected-error @below {{argument 0: expected 'moe.arg' to be one of x, y, weights, experts, logits, accumulate, weight, offsets, lanes, workspace, but got "z"}}
 func.func private @arg_attribute(i32 {moe.arg = "z"})
 
 // -----
