@@ -100,8 +100,8 @@ typedef struct {
   size_t struct_size;
   int32_t threads; /* tasks at once, the calling thread included; 0: the smaller of the CPUs this
                       thread may run on (affinity) and the CPU quota of its control group */
-  int32_t spin_us; /* microseconds a worker polls for work before it sleeps; 0: the default, 50;
-                      -1: sleeps at once */
+  int32_t spin_us; /* microseconds a worker polls for work before it sleeps; 0: the default, which
+                      is 50 (sleeps at once with more threads than CPUs); -1: sleeps at once */
 } moec_pool_options;
 
 /* Creates a pool of threads - 1 workers with gang = 1. The calling thread of run() is task 0;

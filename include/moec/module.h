@@ -21,7 +21,7 @@ typedef struct moec_frame {
   int64_t slots;              /*  56: k, ids per token */
   int32_t *experts; /*  64: [T,k] compact; read by `experts`, written by `route` and `forward` */
   float *expert_weights; /*  72: [T,k] compact; same */
-  float *logits;         /*  80: [T,E] or NULL; written by `route` */
+  float *logits;         /*  80: [T,E]; written by `route`, NULL for the others */
   int64_t logits_stride; /*  88: elements between rows */
   int32_t *offsets;      /*  96: [E+1] first sorted row of each expert; written by the sort */
   int64_t accumulate;    /* 104: 0 or 1: y += result */

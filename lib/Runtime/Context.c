@@ -18,6 +18,7 @@ struct moec_context {
   int32_t *ids;     /* [rows] */
   float *weights;   /* [rows] */
   int32_t *offsets; /* [E+1] */
+  float *logits;    /* [max_tokens, E]: where `route` writes what nobody asked for */
   void *scratch;    /* what generated code plans */
   uint64_t scratch_bytes;
   int64_t spin_ns;                       /* how long a lane polls at a fence before it sleeps */
@@ -35,7 +36,7 @@ struct moec_context {
 typedef struct {
   int64_t max_tokens;
   int32_t lanes;
-  uint64_t ids, weights, offsets, scratch, scratch_bytes, total; /* byte offsets, sizes */
+  uint64_t ids, weights, offsets, logits, scratch, scratch_bytes, total; /* byte offsets, sizes */
 } plan;
 
 static int64_t slots_of(const moec_layer_code *c) { return c->kind ? 1 : c->K; }
@@ -85,7 +86,7 @@ static int make_plan(const char *w, const moec_model *model, const moec_context_
       p->lanes = x->lanes;
     }
   }
-  int64_t rows = 0, experts = 0;
+  int64_t rows = 0, experts = 0, routed = 0;
   for (int32_t i = 0; i < model->layer_count; ++i) {
     const moec_layer_state *s = &model->layers[i];
     const moec_layer_code *c = s->desc->code;
@@ -98,6 +99,7 @@ static int make_plan(const char *w, const moec_model *model, const moec_context_
     const int64_t r = rows_of(c, p->max_tokens);
     rows = r > rows ? r : rows;
     experts = c->E > experts ? c->E : experts;
+    routed = !c->kind && c->E > routed ? c->E : routed;
     /* workspace_bytes grows with tokens, with tokens x slots and with lanes, so these cover every
        chunk: all tokens with as many slots as there are rows for, and one token with E slots. */
     const int64_t shapes[2][2] = {{p->max_tokens, (r + p->max_tokens - 1) / p->max_tokens}, {1, r}};
@@ -109,7 +111,8 @@ static int make_plan(const char *w, const moec_model *model, const moec_context_
   }
   p->weights = p->ids + aligned((uint64_t)rows * 4);
   p->offsets = p->weights + aligned((uint64_t)rows * 4);
-  p->scratch = p->offsets + aligned((uint64_t)(experts + 1) * 4);
+  p->logits = p->offsets + aligned((uint64_t)(experts + 1) * 4);
+  p->scratch = p->logits + aligned((uint64_t)p->max_tokens * (uint64_t)routed * 4);
   p->total = p->scratch + aligned(p->scratch_bytes);
   return 0;
 }
@@ -174,6 +177,7 @@ int moec_context_create(moec_model *model, const moec_context_options *options, 
   c->ids = (int32_t *)(void *)(workspace + p.ids);
   c->weights = (float *)(void *)(workspace + p.weights);
   c->offsets = (int32_t *)(void *)(workspace + p.offsets);
+  c->logits = (float *)(void *)(workspace + p.logits);
   c->scratch = workspace + p.scratch;
   c->scratch_bytes = p.scratch_bytes;
   /* More lanes than CPUs: whoever polls keeps another lane from arriving. */
@@ -663,7 +667,7 @@ static int run_chunks(moec_context *c, const moec_layer_state *s, const moec_cal
   f->slots = t->k;
   f->experts = c->ids;
   f->expert_weights = c->weights;
-  f->logits_stride = t->logits_out.stride;
+  f->logits_stride = call->logits_out ? t->logits_out.stride : code->E;
   f->offsets = c->offsets;
   f->accumulate = (call->flags & MOEC_ACCUMULATE) != 0;
   f->lanes = c->lanes;
@@ -672,9 +676,11 @@ static int run_chunks(moec_context *c, const moec_layer_state *s, const moec_cal
     f->tokens = n;
     f->x = t->x.data + first * t->x.stride * moec_dtype_bytes(t->x.dtype);
     f->y = call->y ? t->y.data + first * t->y.stride * moec_dtype_bytes(t->y.dtype) : NULL;
-    f->logits = call->logits_out
-                    ? (float *)(void *)t->logits_out.data + first * t->logits_out.stride
-                    : NULL;
+    f->logits = NULL;
+    if (call->logits_out)
+      f->logits = (float *)(void *)t->logits_out.data + first * t->logits_out.stride;
+    else if (entries[0]->kind == MOEC_ENTRY_ROUTE)
+      f->logits = c->logits;
     if (call->experts) {
       convert_ids(&t->experts, first, n, t->k, code->E, c->ids);
       convert_weights(&t->weights, first, n, t->k, c->weights);

@@ -293,6 +293,8 @@ int moec_pool_create(const moec_pool_options *options, moec_executor **out, moec
     workers[i].owner = p;
     workers[i].index = i + 1;
   }
+  if (!spin_us && threads > moec_cpus_allowed())
+    spin_us = -1; /* whoever polls keeps another worker from its CPU */
   p->spin_ns = spin_us < 0 ? 0 : (spin_us ? spin_us : DEFAULT_SPIN_US) * (int64_t)1000;
   p->executor.struct_size = sizeof p->executor;
   p->executor.self = p;

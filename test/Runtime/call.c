@@ -89,6 +89,13 @@ static void forward(moec_context *c, int layer, double bound) {
       for (int e = 0; e <= s->E; ++e)
         CHECK(counts[e] == (e < s->E ? counted[e] : 0));
     }
+    /* Ids alone: the entry still has a place for the rest. */
+    memset(ids, 0xff, sizeof ids);
+    call.weights_out = call.logits_out = call.counts_out = NULL;
+    OK(moec_run(c, layer, &call, &err));
+    for (int t = 0; t < T; ++t)
+      CHECK(!memcmp(ids + t * s->K, chosen[t], (size_t)s->K * 4));
+    call.counts_out = &tc.t;
     call.y = &ty.t;
     call.experts_out = call.weights_out = call.logits_out = NULL;
 

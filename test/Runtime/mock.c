@@ -53,7 +53,8 @@ static int64_t take(moec_frame *f, int counter) {
   return __atomic_fetch_add(&f->counters[8 * counter], 1, __ATOMIC_ACQ_REL);
 }
 
-static inline void route(const spec *s, int xd, moec_frame *f, int32_t lane, int32_t lanes) {
+static inline void route(const spec *s, int xd, int alone, moec_frame *f, int32_t lane,
+                         int32_t lanes) {
   (void)lane;
   for (int64_t t; (t = take(f, 0)) < f->tokens;) {
     float p[16], most = -INFINITY, sum = 0;
@@ -62,7 +63,7 @@ static inline void route(const spec *s, int xd, moec_frame *f, int32_t lane, int
       for (int64_t k = 0; k < s->H; ++k)
         z += read_x(s, xd, f, t, k) * weight(f->weights[0], 0, 1, s->E, s->H, 0, 0, e, k);
       p[e] = z;
-      if (f->logits)
+      if (alone) /* the entry `route`; in `forward` there is no place for them */
         f->logits[t * f->logits_stride + e] = z;
       most = z > most ? z : most;
     }
@@ -143,10 +144,14 @@ static inline void down(const spec *s, int yd, moec_frame *f, int32_t lane, int3
   static uint64_t bytes##c(int64_t tokens, int64_t slots, int64_t lanes) {                         \
     return (uint64_t)(((tokens * slots * specs[c].F * 4 + 63) & ~(int64_t)63) + 64 * lanes);       \
   }
+#define ROUTE(name, c, xd, alone)                                                                  \
+  static void name(moec_frame *f, int32_t i, int32_t n) { route(&specs[c], xd, alone, f, i, n); }
 #define ROUTER(c)                                                                                  \
-  static void route##c##0(moec_frame * f, int32_t i, int32_t n) { route(&specs[c], 0, f, i, n); }  \
-  static void route##c##1(moec_frame * f, int32_t i, int32_t n) { route(&specs[c], 1, f, i, n); }  \
-  static const moec_stage_fn r##c##0 [] = {route##c##0}, r##c##1 [] = {route##c##1};               \
+  ROUTE(route##c##0, c, 0, 0)                                                                      \
+  ROUTE(route##c##1, c, 1, 0)                                                                      \
+  ROUTE(alone##c##0, c, 0, 1)                                                                      \
+  ROUTE(alone##c##1, c, 1, 1)                                                                      \
+  static const moec_stage_fn r##c##0 [] = {alone##c##0}, r##c##1 [] = {alone##c##1};               \
   static const moec_stage_fn f##c##00 [] = {route##c##0, up##c##0, down##c##0},                    \
                                       f##c##01 [] = {route##c##0, up##c##0, down##c##1},           \
                                       f##c##10 [] = {route##c##1, up##c##1, down##c##0},           \
