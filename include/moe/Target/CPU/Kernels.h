@@ -96,7 +96,7 @@ struct GemmKernelSpec {
   int64_t getRegisters() const;
   bool fitsRegisters() const { return getRegisters() <= getLevelRegisters(level); }
   /// The function name, for example
-  /// "moe_gemm_v4_r14_p1_bf16_pf1024_blocked2_silu_1a2b3c4d".
+  /// "moe_gemm_v4_r14_p1_bf16_pf1024_blocked2_silu_0123456789abcdef".
   std::string getName() const;
   /// Emits on `loc` what is wrong with the spec.
   LogicalResult verify(Location loc) const;

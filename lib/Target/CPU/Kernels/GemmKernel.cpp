@@ -50,8 +50,7 @@ int64_t GemmKernelSpec::getRegisters() const {
   return rows * vectors + (isBFirst() ? vectors : rows) + 1;
 }
 
-/// Eight hexadecimal digits that depend on the text of the region, so on its meaning only: value
-/// names are numbered by the printer.
+/// Sixteen hexadecimal digits that depend on the operations of the region alone.
 static std::string hashRegion(Region &region) {
   std::string text;
   llvm::raw_string_ostream os(text);
@@ -72,8 +71,7 @@ static std::string hashRegion(Region &region) {
     }
     os << ";";
   }
-  return llvm::utohexstr(static_cast<uint32_t>(llvm::xxh3_64bits(text)), /*LowerCase=*/true,
-                         /*Width=*/8);
+  return llvm::utohexstr(llvm::xxh3_64bits(text), /*LowerCase=*/true, /*Width=*/16);
 }
 
 std::string GemmKernelSpec::getName() const {
