@@ -90,6 +90,20 @@ def MoECPUTileTasks : Pass<"moe-cpu-tile-tasks", "::mlir::ModuleOp"> {
                            "::mlir::vector::VectorDialect"];
 }
 
+def MoECPUEmitKernels : Pass<"moe-cpu-emit-kernels", "::mlir::ModuleOp"> {
+  let summary = "Replace task operations by vector kernels";
+  let description = [{
+    Emits every micro-kernel that a `#moe.ukernel` asks for, one per exact number of rows, as a
+    private function in vector form, and replaces `moe.gemm_tile`, `moe.pack_rows`,
+    `moe.select_experts`, `moe.begin_panels` and `moe.end_panels` by calls. Kernels with equal
+    specifications are one function. math.exp, math.erf and math.tanh on vectors become the
+    polynomials of the kernels here, so that an activation gives the same bits fused or not.
+  }];
+  let dependentDialects = ["::mlir::LLVM::LLVMDialect", "::mlir::arith::ArithDialect",
+                           "::mlir::func::FuncDialect", "::mlir::memref::MemRefDialect",
+                           "::mlir::scf::SCFDialect", "::mlir::vector::VectorDialect"];
+}
+
 def MoECPUPlanWorkspace : Pass<"moe-cpu-plan-workspace", "::mlir::ModuleOp"> {
   let summary = "Give every scratch an offset of one workspace";
   let description = [{
