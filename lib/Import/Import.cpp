@@ -222,7 +222,8 @@ void Importer::buildMoE(const LayerSpec &layer, Functions &functions, const std:
     functions.forward = mlir::FlatSymbolRefAttr::get(f.getSymNameAttr());
     auto a = f.getArguments();
     mlir::Value slots = constant(layer.K);
-    auto route = ir::RouterOp::create(b, a[0], a[5], mlir::ValueRange{a[2], a[3]}, router);
+    auto route = ir::RouterOp::create(b, a[0], a[5], mlir::ValueRange{a[2], a[3]}, router,
+                                      mlir::TypeAttr::get(compute));
     mlir::Value z = expertSum(layer, a[0], a[1], route->getResult(0), route->getResult(1), a[4],
                               a[6], a[7], slots);
     end({z, route->getResult(0), route->getResult(1)});
@@ -234,7 +235,8 @@ void Importer::buildMoE(const LayerSpec &layer, Functions &functions, const std:
               {w, e, l});
     functions.route = mlir::FlatSymbolRefAttr::get(f.getSymNameAttr());
     auto a = f.getArguments();
-    auto route = ir::RouterOp::create(b, a[0], a[4], mlir::ValueRange{a[1], a[2], a[3]}, router);
+    auto route = ir::RouterOp::create(b, a[0], a[4], mlir::ValueRange{a[1], a[2], a[3]}, router,
+                                      mlir::TypeAttr::get(compute));
     end(route->getResults());
   }
   {
