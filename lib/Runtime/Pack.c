@@ -1,7 +1,7 @@
 /* The packer: see moe/Runtime/Pack.h.
 
    Both formats are a transpose of 32-bit units (f32: one value; bf16: two neighbours in k), 32
-   lanes wide. The fast path reads 8 rows x one cache line and writes 32-byte pieces of panel rows.
+   lanes wide. The fast path reads blocks of 8 rows and writes 32-byte pieces of panel rows.
  */
 #include "moe/Runtime/Pack.h"
 
@@ -185,6 +185,10 @@ AVX2 static inline void transpose8(__m256i r[8]) {
   }
 }
 
+/* Units of a row read before the next rows: several neighbouring cache lines, and both the lines of
+   8 rows and the panel rows written stay in the first-level cache. */
+enum { BLOCK = 64 };
+
 /* Rows are contiguous (col_stride 1) and the strip is full: units 0 ... units-1, a multiple of 8.
  */
 AVX2 static inline __attribute__((always_inline)) bool transpose_strip(const strip *t, int32_t from,
@@ -192,9 +196,9 @@ AVX2 static inline __attribute__((always_inline)) bool transpose_strip(const str
                                                                        const moec_pack_source *s) {
   __m256i bad = _mm256_setzero_si256();
   const int64_t size = from == MOEC_DT_F32 ? 4 : 2;
-  for (int64_t u = 0; u < units; u += 16)
+  for (int64_t u = 0; u < units; u += BLOCK)
     for (int32_t g = 0; g < t->lanes; g += 8)
-      for (int64_t v = u; v < units && v < u + 16; v += 8) {
+      for (int64_t v = u; v < units && v < u + BLOCK; v += 8) {
         __m256i r[8];
         for (int l = 0; l < 8; ++l)
           r[l] = load_units((const char *)s->data + (t->row + g + l) * s->row_stride * size, from,
