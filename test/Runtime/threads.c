@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -476,6 +477,46 @@ static void no_allocation(moec_model *m) {
 #endif
 }
 
+/* No memory, no threads: an error, and nothing is left. In a child, as the limit stays. */
+static void no_memory(moec_model *m) {
+#ifndef NO_COUNTING
+  pid_t child = fork();
+  if (!child) {
+    alarm(20);
+    failures = 0;
+    unsigned long pages = 0;
+    FILE *f = fopen("/proc/self/statm", "r");
+    if (!f || fscanf(f, "%lu", &pages) != 1)
+      _exit(3);
+    fclose(f);
+    struct rlimit limit;
+    limit.rlim_cur = limit.rlim_max = pages * 4096 + (20u << 20);
+    setrlimit(RLIMIT_AS, &limit);
+    moec_context_options o;
+    MOEC_INIT(o);
+    o.max_tokens = 1 << 20;
+    moec_context *c = (moec_context *)&o;
+    FAILS(moec_context_create(m, &o, &c, &err), MEMORY, "max_tokens = 1048576");
+    CHECK(!c);
+    moec_pool_options p;
+    MOEC_INIT(p);
+    p.threads = 16; /* stacks of 8 MB */
+    moec_executor *e = (moec_executor *)&p;
+    FAILS(moec_pool_create(&p, &e, &err), IO, "expected 16 threads");
+    CHECK(!e);
+    c = context(m, NULL, 64);
+    check_same(c);
+    moec_context_destroy(c);
+    _exit(failures != 0);
+  }
+  int status = 0;
+  CHECK(waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status) && !WEXITSTATUS(status));
+#else
+  (void)m;
+#endif
+}
+
 int main(void) {
   make_sources();
   for (int i = 0; i < T * H; ++i)
@@ -492,6 +533,7 @@ int main(void) {
   forks(m);
   workspaces(m);
   no_allocation(m);
+  no_memory(m);
   moec_close(m);
   return finish("threads");
 }
