@@ -679,10 +679,28 @@ Format storedFormat(const WeightSpec &weight, const Checkpoint &checkpoint, bool
   return out;
 }
 
+/// Says aloud what packing will do to the values of a checkpoint.
+void noteConversions(ModelSpec &spec, const Checkpoint &checkpoint) {
+  std::set<std::string> notes;
+  for (const LayerSpec &layer : spec.layers)
+    for (const WeightSpec &weight : layer.weights) {
+      bool half = false;
+      Format stored = storedFormat(weight, checkpoint, half);
+      if (half)
+        notes.insert("the checkpoint holds f16 tensors: they are converted to " +
+                     name(weight.format).str());
+      else if (stored == Format::F32 && weight.format == Format::BF16)
+        notes.insert("f32 weights of the checkpoint are rounded to bf16");
+      else if (stored == Format::BF16 && weight.format == Format::F32)
+        notes.insert("bf16 weights of the checkpoint are widened to f32");
+    }
+  spec.notes.insert(spec.notes.end(), notes.begin(), notes.end());
+}
+
 /// Checks all weights against the checkpoint and decides formats and compute dtype.
 llvm::Error bindFormats(ModelSpec &spec, const Checkpoint &checkpoint, const LoadOptions &options,
                         const ConfigDtype &stated) {
-  bool half = false, widened = false, rounded = false;
+  bool half = false;
   for (LayerSpec &layer : spec.layers) {
     Format experts = Format::BF16;
     for (WeightSpec &weight : layer.weights) {
@@ -703,8 +721,6 @@ llvm::Error bindFormats(ModelSpec &spec, const Checkpoint &checkpoint, const Loa
         experts = Format::F32;
     }
     Format chosen = options.dtype.value_or(experts);
-    widened |= chosen == Format::F32 && experts == Format::BF16;
-    rounded |= chosen == Format::BF16 && experts == Format::F32;
     std::string origin = options.dtype ? "command line" : "checkpoint";
     for (WeightSpec &weight : layer.weights) {
       if (weight.role != "router" || chosen == Format::F32)
@@ -716,14 +732,7 @@ llvm::Error bindFormats(ModelSpec &spec, const Checkpoint &checkpoint, const Loa
     layer.origins["format"] = layer.origins["compute"] = origin;
   }
   spec.dtype = spec.layers.front().compute;
-  if (half)
-    spec.notes.push_back("the checkpoint holds f16 tensors: they are converted to " +
-                         name(options.dtype.value_or(Format::F32)).str() +
-                         (options.dtype ? "" : "; --dtype bf16 halves that size"));
-  if (widened)
-    spec.notes.push_back("bf16 weights are widened to f32, as --dtype f32 asks");
-  if (rounded && !half)
-    spec.notes.push_back("f32 weights are rounded to bf16, as --dtype bf16 asks");
+  noteConversions(spec, checkpoint);
   if (!options.dtype && stated.format && *stated.format != spec.dtype)
     spec.notes.push_back(stated.origin + " says " + name(*stated.format).str() +
                          ", but the tensors are not: the layers compute in " +
@@ -895,6 +904,8 @@ llvm::Expected<LoadedModel> loadSpec(llvm::StringRef path, const LoadOptions &op
           weight.format = *options.dtype;
     }
   }
+  if (out.checkpoint)
+    noteConversions(out.spec, *out.checkpoint);
   return out;
 }
 

@@ -234,6 +234,9 @@ def test_every_arrangement_of_tensors(arrangement, transposed, form, tmp_path):
     path = write(tmp_path, spec(weights=weights))
     checkpoint = f"--checkpoint={tmp_path / 'x.safetensors'}"
     name = "model.layers.0.mlp"
+    assert load(path, checkpoint)["notes"] == []
+    rounded = load(path, checkpoint, "--dtype=bf16")["notes"]
+    assert rounded == ["f32 weights of the checkpoint are rounded to bf16"]
     for role, want in (("router", gate), ("gate_up", logical), ("down", down)):
         got = weight(path, name, role, tmp_path / "w", checkpoint)
         assert np.array_equal(got, want.ravel()), role
