@@ -6,6 +6,7 @@
 //===----------------------------------------------------------------------===//
 
 #include "moe/InitAll.h"
+#include "moe/Conversion/MoEToLoops/MoEToLoops.h"
 #include "moe/Dialect/MoE/IR/MoEDialect.h"
 #include "moe/Dialect/MoE/Transforms/BufferizableOpInterfaceImpl.h"
 #include "moe/Dialect/MoE/Transforms/Passes.h"
@@ -29,4 +30,5 @@ void mlir::moe::registerAllPasses() {
   ::mlir::registerAllPasses();
   registerMoEPasses();
   registerMoECPUPasses();
+  registerMoEToLoopsPasses();
 }

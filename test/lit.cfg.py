@@ -58,6 +58,9 @@ config.substitutions.append(("%python", f'"{python}"'))
 config.substitutions.append(("%moe_src_root", config.moe_src_root))
 config.substitutions.append(("%moe_obj_root", config.moe_obj_root))
 config.substitutions.append(("%moe_libs", config.moe_libs_dir))
+llvm_libs = os.path.join(os.path.dirname(config.llvm_tools_dir), "lib")
+for library in ("mlir_c_runner_utils", "mlir_runner_utils"):
+    config.substitutions.append(("%" + library, os.path.join(llvm_libs, f"lib{library}.so")))
 config.substitutions.append(("%host_cxx", config.host_cxx))
 config.substitutions.append(("%host_cc", config.host_cc))
 
