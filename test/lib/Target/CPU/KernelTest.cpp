@@ -6,6 +6,7 @@
 //===----------------------------------------------------------------------===//
 //
 // moe-kernel-test --level=x86-64-v3|x86-64-v4 [--asm FILE] [--ir FILE] [--no-run] [--exhaustive]
+//                 [--only TEXT] [--bench DEPTH]
 //
 // Emits every tile of the level's register budget in every weight format and form, compiles them
 // with LLVM's default O3 pipeline and checks them in this process. Products must equal a loop of
@@ -45,6 +46,7 @@
 #include "llvm/TargetParser/Host.h"
 #include "llvm/Transforms/Utils/Cloning.h"
 
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -57,6 +59,7 @@ static llvm::cl::opt<std::string> levelName("level", llvm::cl::desc("x86-64-v3 o
                                             llvm::cl::Required);
 static llvm::cl::opt<std::string> asmFile("asm", llvm::cl::desc("write the assembly here"));
 static llvm::cl::opt<std::string> irFile("ir", llvm::cl::desc("write the optimized LLVM IR here"));
+static llvm::cl::opt<int64_t> bench("bench", llvm::cl::desc("time products of this depth"));
 static llvm::cl::opt<bool> noRun("no-run", llvm::cl::desc("compile only"));
 static llvm::cl::opt<bool> exhaustive("exhaustive", llvm::cl::desc("math on every float"));
 static llvm::cl::opt<std::string> only("only", llvm::cl::desc("kernels whose name contains this"));
@@ -463,6 +466,29 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
     break;
   }
   }
+}
+
+/// Prints the best rate of the kernel alone, operands in cache.
+static void benchGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 &random) {
+  const GemmKernelSpec &spec = test.spec;
+  if (spec.form != KernelForm::Blocked && (spec.form != KernelForm::Rows || spec.parts != 1))
+    return;
+  Operands in(random, spec.rows, spec.panels, depth, spec.bf16Weights);
+  int64_t columns = spec.panels * 32;
+  Buffer out(columns * spec.rows * 8);
+  double best = 1e30;
+  for (int repeat = 0; repeat < 200; ++repeat) {
+    auto begin = std::chrono::steady_clock::now();
+    for (int i = 0; i < 20; ++i)
+      reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, int64_t,
+                                int64_t)>(address)(in.aBlock.data(), in.bPanels.data(), in.groups,
+                                                   in.panelBytes, out.data(), columns * 4,
+                                                   columns * 4, columns);
+    std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
+    best = std::min(best, time.count() / 20);
+  }
+  llvm::outs() << llvm::formatv("{0}: {1:f1} GF/s\n", test.name,
+                                2.0 * spec.rows * columns * depth / best * 1e-9);
 }
 
 /// NaN and infinity stay in their rows; padding columns stay zero.
@@ -953,6 +979,11 @@ int main(int argc, char **argv) {
   };
 
   std::mt19937 random(7);
+  if (bench) {
+    for (const GemmCase &test : gemms)
+      benchGemm(test, address(test.name), bench, random);
+    return 0;
+  }
   for (const GemmCase &test : gemms) {
     for (int64_t depth : {1, 16, 33, 130})
       checkGemm(test, address(test.name), depth, random);
