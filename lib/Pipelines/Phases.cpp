@@ -68,7 +68,7 @@ static std::string strategy(const PipelineOptions &options) {
       text += "{overrides=" + compact + "}";
     } else {
       llvm::consumeError(value.takeError());
-      text += "{overrides={" + options.strategyText + "}}";
+      text += "{overrides=" + options.strategyText + "}"; // the pass says what is wrong
     }
   }
   return text;

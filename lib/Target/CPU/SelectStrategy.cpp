@@ -99,8 +99,12 @@ LogicalResult SelectStrategyPass::readOverrides(llvm::json::Value &result) {
              << overridesFile << "`, but got: " << file.getError().message();
     text = (*file)->getBuffer().str();
   }
+  text = StringRef(text).trim().str();
   if (text.empty())
     return success();
+  // The reader of pass options takes one pair of braces off `overrides={...}`.
+  if (text.front() != '{')
+    text = "{" + text + "}";
   auto parsed = llvm::json::parse(text);
   if (!parsed)
     return getOperation().emitError("expected strategy overrides as JSON, but got: ")
