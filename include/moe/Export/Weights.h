@@ -1,0 +1,121 @@
+//===- Weights.h - packing weights into files -------------------*- C++ -*-===//
+//
+// Part of the moec project, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+//
+// One file a layer, `<layer>.safetensors`, written from its beginning to its
+// end while the source is read: a block of rows is read, packed, hashed and
+// written before the next one is touched.
+//
+//===----------------------------------------------------------------------===//
+
+#ifndef MOE_EXPORT_WEIGHTS_H
+#define MOE_EXPORT_WEIGHTS_H
+
+#include "moe/Export/Module.h"
+#include "moe/Runtime/Pack.h"
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace moec {
+
+class Checkpoint;
+
+/// Rows row0 … row1-1 of one part of one expert, in memory.
+struct WeightRows {
+  /// `source.data` is where row 0 would be: pass it to moec_pack with row0 and row1.
+  moec_pack_source source;
+  /// The tensor's name, for errors.
+  std::string tensor;
+};
+
+/// Where weights come from. Rows are asked for in order.
+class WeightReader {
+public:
+  virtual ~WeightReader();
+  /// Reads rows [row0, row1) of `part` of `expert`. The memory is valid until the next call.
+  virtual llvm::Expected<WeightRows> read(const LayerSpec &layer, const WeightSpec &weight,
+                                          int64_t expert, int64_t part, int64_t row0,
+                                          int64_t row1) = 0;
+};
+
+/// Deterministic random weights (`--checkpoint random:SEED`). The value number i of tensor NAME
+/// (row-major in the tensor's own shape, from 0) is, with 64-bit wrap-around arithmetic,
+///
+///   mix(x)  = x ^= x >> 30; x *= 0xBF58476D1CE4E5B9; x ^= x >> 27; x *= 0x94D049BB133111EB;
+///             x ^= x >> 31                                   (the finalizer of splitmix64)
+///   g       = 0x9E3779B97F4A7C15
+///   key     = mix(SEED + g * (1 + FNV-1a 64 of NAME))
+///   u(z)    = (z >> 40) * 2^-24                              (in [0, 1), exact in f32)
+///   value   = f32((2 u(mix(key + (i + 1) g)) - 1) * sqrt(3 / Kin))
+///
+/// computed in double, rounded to f32 and then to the tensor's format: uniform with variance 1/Kin,
+/// so that outputs are of the order of inputs. Row e of a router is multiplied, before rounding to
+/// f32, by 0.5 + 1.5 u(mix(key ^ ((e + 1) * 0xD1B54A32D192ED03))): experts with longer rows are
+/// chosen more often, so routing is uneven. A weight without sources (bare config.json) takes
+/// NAME = "<layer>.<role>", shape [experts, parts * rows, cols].
+std::unique_ptr<WeightReader> randomWeights(uint64_t seed);
+
+/// Weights of a checkpoint, whose tensors were checked (Checkpoint::checkWeight).
+std::unique_ptr<WeightReader> checkpointWeights(const Checkpoint &checkpoint);
+
+/// What packing reports while it works.
+struct PackProgress {
+  /// Called with packed bytes since the last call.
+  std::function<void(uint64_t bytes)> advance = [](uint64_t) {};
+};
+
+/// One tensor of a packed file, as written.
+struct PackedTensor {
+  std::string role, format;
+  uint64_t offset = 0, bytes = 0, hash = 0;
+};
+
+/// `id` is the layer's identity (layerId). Packs one layer into `folder`/<layer>.safetensors (it
+/// must not exist) with at most about 64 MiB of memory of its own. E-NONFINITE names tensor and
+/// element; E-SPACE, E-IO; a failed file is the caller's to remove (it stages).
+llvm::Expected<std::vector<PackedTensor>> packLayer(const LayerSpec &layer, WeightReader &reader,
+                                                    llvm::StringRef folder,
+                                                    const std::array<uint8_t, 32> &id,
+                                                    const PackProgress &progress = {});
+
+/// Bytes of the packed file of a layer.
+uint64_t packedFileBytes(const LayerSpec &layer);
+
+/// Rows in a block of about `bytes` bytes of packed panels, a multiple of a panel's rows.
+int64_t rowsPerBlock(const WeightSpec &weight, uint64_t bytes);
+
+/// The tensor that holds `part` of `expert`: its name and where the elements lie in it.
+struct TensorSlice {
+  std::string tensor;
+  /// Element (row, col) is number first + row * rowStride + col * colStride of the tensor.
+  int64_t first = 0, rowStride = 0, colStride = 0;
+  /// The tensor's shape, outermost first.
+  std::vector<int64_t> shape;
+};
+TensorSlice locate(const LayerSpec &layer, const WeightSpec &weight, int64_t expert, int64_t part);
+
+/// One packed file as it was found.
+struct PackedFile {
+  std::array<uint8_t, 32> id{};
+  std::string layout;
+  uint64_t bytes = 0;
+  std::vector<PackedTensor> tensors;
+};
+
+/// Reads and checks the header of a packed file: magic, schema, sizes, alignment. E-IO,
+/// E-FILE-FORMAT, E-ABI (a higher schema).
+llvm::Expected<PackedFile> readPackedHeader(llvm::StringRef path);
+
+/// Reads every byte and compares the hashes. E-HASH names the tensor.
+llvm::Error checkPackedBytes(llvm::StringRef path, const PackedFile &file,
+                             const PackProgress &progress = {});
+
+} // namespace moec
+
+#endif // MOE_EXPORT_WEIGHTS_H

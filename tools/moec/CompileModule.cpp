@@ -1,0 +1,424 @@
+//===- CompileModule.cpp - from a spec or moe IR to code ------------------===//
+//
+// Part of the moec project, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#include "CompileModule.h"
+
+#include "Commands.h"
+#include "Log.h"
+
+#include "moe/Dialect/MoE/IR/MoEOps.h"
+#include "moe/Export/Module.h"
+#include "moe/Export/Output.h"
+#include "moe/Import/Import.h"
+#include "moe/InitAll.h"
+#include "moe/Pipelines/Phases.h"
+#include "moe/Support/Files.h"
+#include "moe/Support/JSON.h"
+#include "moe/Target/CPU/Level.h"
+
+#include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "mlir/IR/BuiltinOps.h"
+#include "mlir/IR/Diagnostics.h"
+#include "mlir/IR/PatternMatch.h"
+#include "mlir/IR/SymbolTable.h"
+#include "mlir/IR/Verifier.h"
+#include "mlir/Parser/Parser.h"
+#include "llvm/Support/FileSystem.h"
+#include "llvm/Support/Path.h"
+#include "llvm/Support/raw_ostream.h"
+#include "llvm/TargetParser/Host.h"
+
+namespace moec::tool {
+
+namespace moe = mlir::moe;
+
+static constexpr llvm::StringLiteral strategiesAttribute = "moe.strategies";
+
+//===----------------------------------------------------------------------===//
+// Options
+//===----------------------------------------------------------------------===//
+
+static std::vector<std::string> phaseNames() {
+  std::vector<std::string> names;
+  for (const moe::Phase &phase : moe::phases())
+    names.push_back(phase.name.str());
+  return names;
+}
+
+/// Phases that leave IR behind: `export` is past all of it.
+static const moe::Phase *lastIRPhase() { return moe::findPhase("codegen"); }
+
+llvm::Error checkPipelineChoice(const PipelineChoice &choice) {
+  auto known = [&](const char *option, const std::string &name) -> llvm::Error {
+    if (name.empty() || (moe::findPhase(name) && moe::findPhase(name) <= lastIRPhase()))
+      return llvm::Error::success();
+    std::vector<std::string> names = phaseNames();
+    names.pop_back();
+    std::vector<std::string> near = nearestNames(name, names);
+    return makeError(ErrorCode::ARGUMENT, option, "one of the phases " + quoteList(names, "and"),
+                     "`" + name + "`",
+                     near.empty() ? "" : "did you mean " + quoteList(near, "or") + "?");
+  };
+  if (llvm::Error error = known("--compile-from", choice.from))
+    return error;
+  if (llvm::Error error = known("--compile-to", choice.to))
+    return error;
+  if (!choice.from.empty() && !choice.to.empty() &&
+      moe::findPhase(choice.from) > moe::findPhase(choice.to))
+    return makeError(ErrorCode::ARGUMENT, "--compile-to", "a phase after `" + choice.from + "`",
+                     "`" + choice.to + "`");
+  std::vector<std::string> optional;
+  for (llvm::StringRef pass : moe::optionalPasses())
+    optional.push_back(pass.str());
+  for (const std::string &pass : choice.disabledPasses)
+    if (!llvm::is_contained(optional, pass)) {
+      std::vector<std::string> near = nearestNames(pass, optional);
+      return makeError(ErrorCode::ARGUMENT, "--disable-pass",
+                       "a pass that can be left out (" + quoteList(optional, "or") + ")",
+                       "`" + pass + "`",
+                       near.empty() ? "" : "did you mean " + quoteList(near, "or") + "?");
+    }
+  return llvm::Error::success();
+}
+
+/// The best level this machine can run.
+static llvm::Expected<std::string> nativeLevel() {
+  llvm::StringMap<bool> features = llvm::sys::getHostCPUFeatures();
+  auto all = [&](std::initializer_list<const char *> names) {
+    return llvm::all_of(names, [&](const char *name) { return features.lookup(name); });
+  };
+  if (!all({"avx2", "fma", "bmi", "bmi2", "f16c", "lzcnt", "movbe"}))
+    return makeError(ErrorCode::ISA, "--cpu native", "a CPU of level x86-64-v3 or better",
+                     llvm::sys::getHostCPUName(), "name a level to compile for another machine");
+  if (all({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}))
+    return std::string("x86-64-v4");
+  return std::string("x86-64-v3");
+}
+
+llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text) {
+  std::vector<std::string> out;
+  if (text == "multi") {
+    for (const moe::CPULevel &level : moe::cpuLevels())
+      if (level.implemented)
+        out.push_back(level.name.str());
+    return out;
+  }
+  if (text == "native") {
+    auto level = nativeLevel();
+    if (!level)
+      return level.takeError();
+    return std::vector<std::string>{*level};
+  }
+  llvm::SmallVector<llvm::StringRef> pieces;
+  text.split(pieces, ',');
+  for (llvm::StringRef piece : pieces) {
+    const moe::CPULevel *level = moe::findCPULevel(piece);
+    if (!level) {
+      std::vector<std::string> names = {"native", "multi"};
+      for (const moe::CPULevel &known : moe::cpuLevels())
+        names.push_back(known.name.str());
+      std::vector<std::string> near = nearestNames(piece, names);
+      return makeError(ErrorCode::TARGET, "--cpu",
+                       "`native`, `multi`, " + moe::implementedLevelNames(), "`" + piece + "`",
+                       near.empty() ? "" : "did you mean " + quoteList(near, "or") + "?");
+    }
+    if (!level->implemented)
+      return makeError(ErrorCode::TARGET, "--cpu", moe::implementedLevelNames(), "`" + piece + "`",
+                       level->refusal);
+    if (!llvm::is_contained(out, level->name))
+      out.push_back(level->name.str());
+  }
+  llvm::sort(out, [](const std::string &a, const std::string &b) {
+    return moe::findCPULevel(a)->rank < moe::findCPULevel(b)->rank;
+  });
+  return out;
+}
+
+/// The strategy section of a manifest: the section alone, or a whole manifest.
+static llvm::Expected<std::string> readStrategy(const std::string &path) {
+  if (path.empty())
+    return std::string();
+  auto file = InputFile::open(path);
+  if (!file)
+    return file.takeError();
+  auto text = (*file)->readAll(64u << 20);
+  if (!text)
+    return text.takeError();
+  auto value = parseJSON(*text, path, ErrorCode::FILE_FORMAT);
+  if (!value)
+    return value.takeError();
+  if (const llvm::json::Object *object = value->getAsObject())
+    if (const llvm::json::Value *section = object->get("strategy"))
+      return canonicalText(*section);
+  return canonicalText(*value);
+}
+
+static llvm::Expected<moe::PipelineOptions> pipelineOptions(const PipelineChoice &choice) {
+  moe::PipelineOptions options;
+  options.levels = choice.levels;
+  options.disabledPasses = choice.disabledPasses;
+  auto strategy = readStrategy(choice.strategyFile);
+  if (!strategy)
+    return strategy.takeError();
+  options.strategyText = std::move(*strategy);
+  return options;
+}
+
+llvm::Expected<std::string> pipelineText(const PipelineChoice &choice) {
+  auto options = pipelineOptions(choice);
+  if (!options)
+    return options.takeError();
+  std::string out;
+  llvm::raw_string_ostream os(out);
+  std::string before;
+  for (const moe::Phase &phase : moe::phases()) {
+    os << "# " << phase.name << ": " << phase.sentence << "\n";
+    std::string pipeline = moe::phasePipeline(phase, *options);
+    if (phase.name == "import")
+      os << "moec compile MODEL --compile-to import -o import.mlir\n";
+    else if (phase.name == "export")
+      os << "moec compile " << before << ".mlir --compile-from " << before << " -o DIR\n";
+    else
+      os << "moe-opt " << before << ".mlir --pass-pipeline='" << pipeline << "' -o " << phase.name
+         << ".mlir\n";
+    before = phase.name.str();
+  }
+  return out;
+}
+
+//===----------------------------------------------------------------------===//
+// The module
+//===----------------------------------------------------------------------===//
+
+struct ModuleCompiler::Impl {
+  std::unique_ptr<mlir::MLIRContext> context;
+  mlir::OwningOpRef<mlir::ModuleOp> module;
+  std::string phase = "import"; ///< the last one that has run
+};
+
+ModuleCompiler::ModuleCompiler() : impl(std::make_unique<Impl>()) {
+  mlir::DialectRegistry registry;
+  moe::registerAllDialects(registry);
+  // One thread: the output must not depend on the order in which functions are compiled.
+  impl->context =
+      std::make_unique<mlir::MLIRContext>(registry, mlir::MLIRContext::Threading::DISABLED);
+}
+
+ModuleCompiler::~ModuleCompiler() = default;
+
+llvm::Error ModuleCompiler::import(const ModelSpec &spec) {
+  noteForCrash("phase.txt", "import\n");
+  auto module = importModel(spec, *impl->context);
+  if (!module)
+    return module.takeError();
+  impl->module = std::move(*module);
+  (*impl->module)
+      ->setAttr(specAttribute,
+                mlir::StringAttr::get(impl->context.get(),
+                                      canonicalText(toJSON(spec, /*origins=*/true))));
+  return llvm::Error::success();
+}
+
+llvm::Error ModuleCompiler::parse(llvm::StringRef path, std::string &from) {
+  auto file = InputFile::open(path);
+  if (!file)
+    return file.takeError();
+  auto text = (*file)->readAll(uint64_t(1) << 30);
+  if (!text)
+    return text.takeError();
+  noteForCrash("original.mlir", *text);
+  // "// moec 0.1.0, after phase tile"
+  llvm::StringRef line = llvm::StringRef(*text).split('\n').first.rtrim();
+  std::string written;
+  if (line.consume_front("// moec ")) {
+    auto [version, rest] = line.split(", after phase ");
+    if (version != versionString())
+      Log::get().warning(path + " was written by moec " + version + ", this is " + versionString() +
+                         ": IR text is not promised to be compatible");
+    written = rest.str();
+  }
+  if (!written.empty() && !from.empty() && written != from)
+    return makeError(ErrorCode::ARGUMENT, "--compile-from",
+                     "`" + written + "`, as " + path + " says", "`" + from + "`");
+  if (from.empty())
+    from = written.empty() ? "import" : written;
+  if (!moe::findPhase(from) || moe::findPhase(from) > lastIRPhase())
+    return makeError(ErrorCode::CONFIG, path, "IR after a known phase", "`" + from + "`");
+
+  std::string diagnostics;
+  mlir::ScopedDiagnosticHandler handler(impl->context.get(), [&](mlir::Diagnostic &diagnostic) {
+    if (diagnostic.getSeverity() != mlir::DiagnosticSeverity::Error || !diagnostics.empty())
+      return mlir::success();
+    llvm::raw_string_ostream os(diagnostics);
+    if (auto at = mlir::dyn_cast<mlir::FileLineColLoc>(diagnostic.getLocation()))
+      os << "line " << at.getLine() << ": ";
+    os << diagnostic;
+    return mlir::success();
+  });
+  impl->module =
+      mlir::parseSourceString<mlir::ModuleOp>(*text, mlir::ParserConfig(impl->context.get()), path);
+  if (!impl->module)
+    return makeError(ErrorCode::CONFIG, path, "moe IR that can be read", diagnostics);
+  impl->phase = from;
+  return llvm::Error::success();
+}
+
+llvm::Expected<ModelSpec> ModuleCompiler::spec() {
+  if (auto text = (*impl->module)->getAttrOfType<mlir::StringAttr>(specAttribute)) {
+    auto value = parseJSON(text.getValue(), specAttribute, ErrorCode::CONFIG);
+    if (!value)
+      return value.takeError();
+    return fromJSON(*value, specAttribute);
+  }
+  auto spec = readModel(*impl->module);
+  if (spec)
+    (*impl->module)
+        ->setAttr(specAttribute,
+                  mlir::StringAttr::get(impl->context.get(),
+                                        canonicalText(toJSON(*spec, /*origins=*/true))));
+  return spec;
+}
+
+//===----------------------------------------------------------------------===//
+// Phases
+//===----------------------------------------------------------------------===//
+
+/// What a person can change of the chosen schedules, as moe-select-strategy reads it.
+static llvm::json::Value collectStrategies(mlir::ModuleOp module) {
+  llvm::json::Object functions;
+  for (auto function : module.getOps<mlir::func::FuncOp>()) {
+    llvm::json::Object ops;
+    unsigned number = 0;
+    function.walk([&](mlir::Operation *op) {
+      std::string key = "router";
+      if (mlir::isa<moe::GroupedMatmulOp>(op))
+        key = "grouped_matmul." + std::to_string(number++);
+      auto strategy = op->getAttrOfType<moe::StrategyAttr>("strategy");
+      if (!strategy)
+        return;
+      moe::UkernelAttr kernel = strategy.getUkernel();
+      ops[key] = llvm::json::Object{{"rows", kernel.getRows()},
+                                    {"panels", kernel.getPanels()},
+                                    {"order", moe::stringifyKernelOrder(kernel.getOrder())},
+                                    {"prefetch", kernel.getPrefetch()},
+                                    {"chunk_rows", strategy.getChunkRows()},
+                                    {"panels_per_task", strategy.getPanelsPerTask()}};
+    });
+    if (!ops.empty())
+      functions[function.getSymName()] = std::move(ops);
+  }
+  return functions;
+}
+
+static void printRemarks(mlir::ModuleOp module) {
+  for (auto function : module.getOps<mlir::func::FuncOp>())
+    function.walk([&](mlir::Operation *op) {
+      if (auto strategy = op->getAttrOfType<moe::StrategyAttr>("strategy")) {
+        std::string text;
+        llvm::raw_string_ostream os(text);
+        moe::UkernelAttr kernel = strategy.getUkernel();
+        int64_t vectors = kernel.getVectorsPerRow();
+        auto [registers, lanes] = moe::UkernelAttr::getRegisterFile(kernel.getLevel());
+        os << "remark: " << function.getSymName() << ": " << op->getName() << ": "
+           << kernel.getRows() << " rows x " << kernel.getPanels() << " panel(s) use "
+           << moe::UkernelAttr::getRegistersNeeded(kernel.getRows(), vectors) << " of " << registers
+           << " registers of " << lanes << " floats; chunks of " << strategy.getChunkRows()
+           << " rows, " << strategy.getPanelsPerTask() << " panels a task, rows from "
+           << moe::stringifyRowSource(strategy.getSource()) << ", result as "
+           << moe::stringifyResultForm(strategy.getResult());
+        llvm::errs() << text << "\n";
+      }
+    });
+}
+
+llvm::Error ModuleCompiler::runPhases(const PipelineChoice &choice) {
+  auto options = pipelineOptions(choice);
+  if (!options)
+    return options.takeError();
+  mlir::ModuleOp module = *impl->module;
+  if (!choice.dumpFolder.empty()) {
+    if (std::error_code error = llvm::sys::fs::create_directories(choice.dumpFolder))
+      return osError(choice.dumpFolder, "a folder that can be created", error.value());
+  }
+  auto dump = [&](llvm::StringRef phase) -> llvm::Error {
+    if (choice.dumpFolder.empty())
+      return llvm::Error::success();
+    size_t number = moe::findPhase(phase) - moe::phases().begin();
+    std::string name = (number < 10 ? "0" : "") + std::to_string(number) + "-" + phase.str();
+    return replaceFile(choice.dumpFolder + "/" + name + ".mlir", text());
+  };
+  const moe::Phase *first = moe::findPhase(impl->phase) + 1;
+  const moe::Phase *last = choice.to.empty() ? lastIRPhase() : moe::findPhase(choice.to);
+  if (impl->phase == "import")
+    if (llvm::Error error = dump("import"))
+      return error;
+  options->afterPhase = [&](llvm::StringRef phase, mlir::ModuleOp after) -> llvm::Error {
+    impl->phase = phase.str();
+    if (phase == "strategy") {
+      after->setAttr(
+          strategiesAttribute,
+          mlir::StringAttr::get(after.getContext(), canonicalText(collectStrategies(after))));
+      if (choice.remarks)
+        printRemarks(after);
+    }
+    if (const moe::Phase *next = moe::findPhase(phase) + 1; next <= lastIRPhase())
+      noteForCrash("phase.txt", (next->name + "\n").str());
+    return dump(phase);
+  };
+  if (first > last)
+    return llvm::Error::success();
+  noteForCrash("phase.txt", (first->name + "\n").str());
+  return moe::runPhases(module, first->name, last->name, *options);
+}
+
+std::string ModuleCompiler::text() const {
+  std::string out = ("// moec " + versionString() + ", after phase " + impl->phase + "\n").str();
+  llvm::raw_string_ostream os(out);
+  impl->module->print(os);
+  os << "\n";
+  return out;
+}
+
+llvm::Expected<moe::CodeTable> ModuleCompiler::table(const ModelSpec &spec, bool needCode) {
+  auto table = moe::buildCodeTable(*impl->module, spec.name, versionString(), needCode);
+  if (!table)
+    return table.takeError();
+  if (table->layers.size() != spec.layers.size())
+    return makeError(ErrorCode::INTERNAL, "module",
+                     llvm::Twine(spec.layers.size()) + " layers, as its spec says",
+                     llvm::Twine(table->layers.size()));
+  for (size_t i = 0; i < spec.layers.size(); ++i) {
+    if (table->layers[i].name != spec.layers[i].name)
+      return makeError(ErrorCode::INTERNAL, "module", "layer `" + spec.layers[i].name + "`",
+                       "`" + table->layers[i].name + "`");
+    table->layers[i].id = layerId(spec.layers[i]);
+  }
+  return table;
+}
+
+llvm::Expected<llvm::SmallVector<char, 0>> ModuleCompiler::code(const moe::CodeTable &table,
+                                                                moe::CodeFormat format) {
+  std::string diagnostics;
+  mlir::ScopedDiagnosticHandler handler(impl->context.get(), [&](mlir::Diagnostic &diagnostic) {
+    if (diagnostic.getSeverity() == mlir::DiagnosticSeverity::Error)
+      diagnostics += (diagnostics.empty() ? "" : "; ") + diagnostic.str();
+    return mlir::success();
+  });
+  auto code = moe::generateCode(*impl->module, &table, format);
+  if (!code && !diagnostics.empty())
+    return llvm::joinErrors(code.takeError(),
+                            makeError(ErrorCode::INTERNAL, "codegen", "", diagnostics));
+  return code;
+}
+
+llvm::json::Value ModuleCompiler::strategies() const {
+  if (auto text = (*impl->module)->getAttrOfType<mlir::StringAttr>(strategiesAttribute))
+    return llvm::cantFail(llvm::json::parse(text.getValue()), "written by runPhases");
+  return llvm::json::Object{};
+}
+
+} // namespace moec::tool

@@ -1,0 +1,76 @@
+//===- CompileModule.h - from a spec or moe IR to code ----------*- C++ -*-===//
+//
+// Part of the moec project, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#ifndef MOEC_TOOL_COMPILEMODULE_H
+#define MOEC_TOOL_COMPILEMODULE_H
+
+#include "moe/Spec/ModelSpec.h"
+#include "moe/Target/CPU/Codegen.h"
+#include "moe/Target/CPU/ModuleTable.h"
+
+#include "mlir/IR/BuiltinOps.h"
+#include "mlir/IR/MLIRContext.h"
+#include "mlir/IR/OwningOpRef.h"
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace moec::tool {
+
+/// What the options say about the pipeline.
+struct PipelineChoice {
+  std::vector<std::string> levels; ///< "x86-64-v3", …: by rising rank
+  std::string from, to;            ///< phases; empty: the first, the last
+  std::string dumpFolder;          ///< --dump-phases
+  std::string strategyFile;        ///< --strategy
+  std::vector<std::string> disabledPasses;
+  bool remarks = false;
+};
+
+/// E-ARGUMENT for an unknown phase or pass, E-TARGET for a level that cannot be emitted.
+llvm::Error checkPipelineChoice(const PipelineChoice &choice);
+
+/// --cpu: "native", "multi" or names of levels.
+llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text);
+
+/// The `moe-opt` command of every phase.
+llvm::Expected<std::string> pipelineText(const PipelineChoice &choice);
+
+/// A module and its way through the phases.
+class ModuleCompiler {
+public:
+  ModuleCompiler();
+  ~ModuleCompiler();
+
+  /// Makes moe IR of a checked spec.
+  llvm::Error import(const ModelSpec &spec);
+  /// Reads moe IR. `from`: the phase after which it was printed ("" : what its first line says,
+  /// else import).
+  llvm::Error parse(llvm::StringRef path, std::string &from);
+  /// The spec that the module carries, or the one that its operations say.
+  llvm::Expected<ModelSpec> spec();
+  /// Runs the phases that `choice` names.
+  llvm::Error runPhases(const PipelineChoice &choice);
+  /// The IR as text, with a first line that names version and phase.
+  std::string text() const;
+  /// The table of the code, ids filled in.
+  llvm::Expected<mlir::moe::CodeTable> table(const ModelSpec &spec, bool needCode);
+  llvm::Expected<llvm::SmallVector<char, 0>> code(const mlir::moe::CodeTable &table,
+                                                  mlir::moe::CodeFormat format);
+  /// The strategies chosen, as the `strategy` section of a manifest.
+  llvm::json::Value strategies() const;
+
+private:
+  struct Impl;
+  std::unique_ptr<Impl> impl;
+};
+
+} // namespace moec::tool
+
+#endif // MOEC_TOOL_COMPILEMODULE_H
