@@ -58,6 +58,8 @@ static std::string hashRegion(Region &region) {
     // Operations of a region print with the numbering of their parent; print each one as a
     // generic line of name, attributes and operand positions instead.
     os << op.getName() << op.getAttrDictionary();
+    for (Type type : op.getResultTypes())
+      os << " " << type;
     for (Value operand : op.getOperands()) {
       if (auto arg = dyn_cast<BlockArgument>(operand)) {
         os << " arg" << arg.getArgNumber();
@@ -191,6 +193,8 @@ private:
   Value realLanes(int64_t column, Value limit);
   LogicalResult storeCombine(Value row, ArrayRef<Value> acc);
 
+  /// Keeps the odd k of pairs.
+  Value highMask() { return splatI32(k.b, k.loc, lanes, static_cast<int32_t>(0xffff0000)); }
   /// Output columns of a panel, and the vectors that hold them (parts merged).
   int64_t panelColumns() const { return 32 / spec.parts; }
   int64_t outVectors() const { return panelVectors / spec.parts; }
@@ -198,7 +202,6 @@ private:
   KernelBuilder k;
   const GemmKernelSpec &spec;
   int64_t lanes, panelVectors, vectors;
-  Value highMask() { return splatI32(k.b, k.loc, lanes, static_cast<int32_t>(0xffff0000)); }
   Value aBlock, bPanels, groups, panelBytes, out, stack, maskSlot;
   SmallVector<Value> formArgs;
 };
@@ -223,9 +226,10 @@ Value GemmEmitter::loadB(ArrayRef<Value> panelRows, int64_t vector, bool odd) {
   return vector::BitCastOp::create(b, k.loc, k.vec(lanes, b.getF32Type()), high);
 }
 
-/// One step of k: acc[r][v] += a[r] * b[v]. `a` points at element (0, k) of the rows16 group. The
-/// order of emission is what keeps the registers: the fewer of the two operands is held whole,
-/// the other passes through one register.
+/// Steps of k for `steps` rows of b: acc[r][v] += a[r] * b[v]. `a` points at element (0, k) of the
+/// rows16 group, `bRow` at the first row of the first panel. The order of emission is what keeps
+/// the registers: the fewer of the two operands is held whole, the other passes through one
+/// register.
 SmallVector<Value> GemmEmitter::emitSteps(Value a, Value bRow, int64_t steps,
                                           SmallVector<Value> acc) {
   OpBuilder &b = k.b;
@@ -252,9 +256,9 @@ SmallVector<Value> GemmEmitter::emitSteps(Value a, Value bRow, int64_t steps,
           k.prefetch(k.at(panelRow, spec.prefetch + line));
     for (int64_t half = 0; half < halves; ++half) {
       int64_t step = row * halves + half;
-      // A step ends with a barrier: it emits no instruction and keeps the scheduler from moving the
-      // next step's loads up, into registers that the tile has not got. The odd half of a bf16 row
-      // therefore loads its pairs again instead of holding them.
+      // Steps are separated by a barrier: it emits no instruction and keeps the scheduler from
+      // moving the next step's loads up, into registers that the tile has not got. The odd half of
+      // a bf16 row therefore loads its pairs again instead of holding them.
       if (step)
         barrier();
       auto fma = [&](int64_t r, int64_t v, Value av, Value bv) {
