@@ -96,9 +96,9 @@ findConfig(const llvm::json::Value &root, const std::string &file, const ModelTa
   std::vector<std::string> known;
   for (const auto &row : table.rows())
     known.push_back(row.first);
-  std::string hint;
   std::vector<std::string> near = nearestNames(seen.back(), known, 1);
-  hint = near.empty() ? "the table has " + quoteList(known) : "the nearest is `" + near[0] + "`";
+  std::string hint =
+      near.empty() ? "the table has " + quoteList(known) : "the nearest is `" + near[0] + "`";
   hint += "; describe the layers in a *.moe.json file (`moec inspect --spec` prints one to start "
           "from), or add a row with --model-rows";
   for (std::string &s : seen)
@@ -835,6 +835,17 @@ llvm::Expected<LoadedModel> loadConfig(const InputFile &file, const std::string 
       if (llvm::Error error = bindSources(layer, *out.checkpoint, names))
         return error;
       out.spec.layers.push_back(std::move(layer.spec));
+    }
+    // Layers that the configuration leaves out are legitimate (draft heads), but not silently so.
+    const LayerSpec &last = out.spec.layers.back();
+    std::string number = "." + std::to_string(last.index) + ".";
+    std::string beyond = last.weights.front().sources.front().tensor;
+    if (size_t at = beyond.find(number); at != std::string::npos) {
+      beyond = beyond.substr(0, at) + "." + std::to_string(last.index + 1) + ".";
+      if (startsAny(names, beyond))
+        out.spec.notes.push_back("the checkpoint has tensors `" + beyond +
+                                 "…`, but the config says " + std::to_string(last.index + 1) +
+                                 " layers: they are left out");
     }
     if (llvm::Error error = bindFormats(out.spec, *out.checkpoint, options, *stated))
       return error;

@@ -300,6 +300,13 @@ llvm::Expected<std::unique_ptr<Checkpoint>> Checkpoint::open(llvm::StringRef pat
       shards[shard->str()].push_back(tensor);
     }
     for (const auto &[shard, tensors] : shards) {
+      if (!folder.has(shard)) {
+        std::vector<std::string> near = nearestNames(shard, folder.members());
+        return makeError(ErrorCode::TENSOR, indexPath,
+                         "file `" + shard + "` with " + llvm::Twine(tensors.size()) + " tensors",
+                         "none of this name",
+                         near.empty() ? "" : "the folder has " + quoteList(near));
+      }
       if (llvm::Error error = addMember(shard))
         return error;
       for (const std::string &tensor : tensors)
@@ -331,7 +338,7 @@ llvm::Expected<std::unique_ptr<Checkpoint>> Checkpoint::open(llvm::StringRef pat
   if (found.empty() && !foreign.empty())
     return makeError(ErrorCode::UNSUPPORTED, folder.path(), "weights in safetensors files",
                      "`" + foreign[0] + "`", "convert the checkpoint to safetensors");
-  return makeError(ErrorCode::IO, folder.path(),
+  return makeError(ErrorCode::TENSOR, folder.path(),
                    "`" + llvm::Twine(single) + "` or `" + llvm::Twine(indexName) + "`",
                    found.empty()
                        ? llvm::Twine("no safetensors file")

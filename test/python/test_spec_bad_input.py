@@ -481,7 +481,7 @@ def test_shards(sharded):
     first, second = sorted(set(index.values()))
 
     (sharded / second).rename(sharded / "aside")
-    refused("E-IO", sharded, says=(second, first))
+    refused("E-TENSOR", sharded, says=(second, first))
     (sharded / "aside").rename(sharded / second)
 
     moved = dict(index)
@@ -609,6 +609,13 @@ def test_things_that_are_no_files(model):
     refused("E-PATH", model, limit=5)
 
 
+def test_layers_beyond_the_configuration_are_said(model):
+    config(model, num_hidden_layers=1)
+    assert any("model.layers.1." in note for note in load(model)["notes"])
+    config(model)
+    assert not load(model)["notes"]
+
+
 def test_foreign_weights(model):
     file = model / "model.safetensors"
     file.unlink()
@@ -617,7 +624,7 @@ def test_foreign_weights(model):
     refused("E-UNSUPPORTED", model, says=("pytorch_model.bin", "safetensors"))
     (model / "a.safetensors").write_bytes(safetensors({}))
     (model / "b.safetensors").write_bytes(safetensors({}))
-    refused("E-IO", model, says="2 safetensors files without an index")
+    refused("E-TENSOR", model, says="2 safetensors files without an index")
 
 
 def test_odd_but_valid_paths(model, tmp_path):

@@ -105,10 +105,10 @@ struct MatrixExtent {
 /// model.safetensors.index.json.
 class Checkpoint {
 public:
-  /// Opens `folder`: model.safetensors.index.json if there, else model.safetensors, else the only
-  /// *.safetensors file. Shards named by the index must exist inside the folder (E-PATH, E-IO),
-  /// hold the tensors that the index claims (E-TENSOR), and no tensor may be in two shards. A
-  /// folder of .bin, .pt or .gguf files is refused by name (E-UNSUPPORTED).
+  /// Opens `folder`: model.safetensors if there, else the shards of model.safetensors.index.json,
+  /// else the only *.safetensors file. Shards must be plain names of files inside the folder
+  /// (E-PATH), exist and hold the tensors that the index claims, and no tensor may be in two files
+  /// (E-TENSOR). A folder of .bin, .pt or .gguf files is refused by name (E-UNSUPPORTED).
   static llvm::Expected<std::unique_ptr<Checkpoint>> open(llvm::StringRef folder,
                                                           bool followLinks = false);
   /// Opens one .safetensors file.
