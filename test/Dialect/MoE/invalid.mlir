@@ -30,6 +30,12 @@ func.func private @weight_type_parts(!moe.weight<1x3x8x8xf32, panel32>)
 
 // -----
 
+// weight_type_bytes
+// expected-error @below {{expected a weight of at most 2^60 bytes, but got 64x2x4294967296x4294967296 elements}}
+func.func private @weight_type_bytes(!moe.weight<64x2x4294967296x4294967296xf32, panel32>)
+
+// -----
+
 // router_top_k
 // expected-error @below {{expected top_k to be positive, but got 0}}
 func.func private @router_top_k() attributes {test.attribute = #moe.router<score = softmax, order = score_then_select, top_k = 0>}

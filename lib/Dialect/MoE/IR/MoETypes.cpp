@@ -91,14 +91,20 @@ void WeightType::print(AsmPrinter &printer) const {
 }
 
 LogicalResult WeightType::verify(function_ref<InFlightDiagnostic()> emitError, int64_t experts,
-                                 int64_t parts, int64_t rows, int64_t cols, WeightFormatInterface,
-                                 WeightLayoutInterface) {
+                                 int64_t parts, int64_t rows, int64_t cols,
+                                 WeightFormatInterface format, WeightLayoutInterface layout) {
   std::pair<StringRef, int64_t> dims[] = {{"experts", experts}, {"rows", rows}, {"columns", cols}};
   for (auto [name, value] : dims)
     if (value < 1)
       return emitError() << "expected a weight with positive " << name << ", but got " << value;
   if (parts != 1 && parts != 2)
     return emitError() << "expected a weight of 1 or 2 parts, but got " << parts;
+  // Offsets into the packed bytes are 64-bit. Padding adds less than a panel in each direction.
+  double bytes = double(experts) * parts * (double(rows) + layout.getPanelWidth()) *
+                 (double(cols) + layout.getReductionMultiple()) * format.getBitsPerElement() / 8;
+  if (bytes > double(int64_t(1) << 60))
+    return emitError() << "expected a weight of at most 2^60 bytes, but got " << experts << "x"
+                       << parts << "x" << rows << "x" << cols << " elements";
   return success();
 }
 
