@@ -1009,6 +1009,14 @@ LogicalResult EntryTiler::run() {
             .Case([&](GroupedMatmulOp op) { return tileMatmul(op); })
             .Case([&](ActivateOp op) { return tileActivate(op); })
             .Case([&](CombineOp op) { return tileCombine(op); })
+            .Case<ExpertsOp, FfnOp>([&](auto op) -> LogicalResult {
+              // What decomposition had a formula for is not here any more.
+              std::string unimplemented = op.getExpert().getUnimplemented();
+              if (unimplemented.empty())
+                return op.emitOpError("expected matmuls; run the phases canonical and fuse first");
+              return op.emitOpError("expected an expert that the CPU target implements, but got ")
+                     << unimplemented;
+            })
             .Default([&](Operation *op) {
               return op->emitOpError("expected an operation that the CPU target can tile; "
                                      "run the phases canonical and fuse first");

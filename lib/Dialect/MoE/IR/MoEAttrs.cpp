@@ -162,11 +162,7 @@ LogicalResult ExpertAttr::verify(function_ref<InFlightDiagnostic()> emitError, E
 std::string ExpertAttr::getUnimplemented() const {
   std::string text;
   llvm::raw_string_ostream os(text);
-  if (getForm() != ExpertForm::Glu)
-    os << "form = " << stringifyExpertForm(getForm());
-  else if (getActivation() == Activation::Relu2)
-    os << "activation = " << stringifyActivation(getActivation());
-  else if (getClamp())
+  if (getClamp())
     os << "clamp = " << stringifyClampKind(getClamp().getKind());
   else if (getBias())
     os << "bias = true";
@@ -174,6 +170,10 @@ std::string ExpertAttr::getUnimplemented() const {
     os << "norm = true";
   else if (getLatent())
     os << "latent = " << getLatent();
+  else if (getForm() != ExpertForm::Glu)
+    os << "form = " << stringifyExpertForm(getForm());
+  else if (getActivation() == Activation::Relu2)
+    os << "activation = " << stringifyActivation(getActivation());
   return text;
 }
 
