@@ -6,12 +6,17 @@ and the check that has to find it is the one the other tests use, unchanged.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import moec
+import oracle
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = ROOT / "lib" / "Runtime"
@@ -203,3 +208,161 @@ def test_runtime_faults_are_found(runtime, tmp_path, fault):
     (tmp_path / file).write_text(text.replace(right, wrong))
     spoilt = runtime.compile(tmp_path / file, tmp_path / "spoilt.o")
     assert runtime.outcome(finder, {file: spoilt}), f"{finder} did not find it"
+
+
+# --- the compiler: its IR with one mistake, against the checks of the other tests -----------------
+
+# (what went wrong, phase after which it is put in, pattern, replacement). The model is
+# mixtral-gelu: H = 36, F = 50, E = 5, K = 3, gelu, weights divided by their sum.
+COMPILER_FAULTS = [
+    ("takes gelu by its tanh form", "import", r"activation = gelu>", "activation = gelu_tanh>"),
+    ("takes silu for gelu", "import", r"activation = gelu>", "activation = silu>"),
+    ("does not renormalize", "import", r", renormalize = sum", ""),
+    ("scales by a thousandth too much", "import", r"top_k = 3, ", "top_k = 3, scale = 1.001, "),
+    (
+        "reads gate and up the wrong way round",
+        "canonical",
+        r"(\^bb0\()(%\w+)(: f32, )(%\w+)",
+        r"\1\4\3\2",
+    ),
+    ("has a constant with too few digits", "canonical", r"0\.707106769", "0.70710"),
+    (
+        "leaves the first expert out of the plan",
+        "tile",
+        r"%c0 (to %c5 step %c1 iter_args\(%\w+ = %c0\))",
+        r"%c1 \1",
+    ),
+    (
+        "does not advance in the sort",
+        "tile",
+        r"(%\w+ = arith\.addi %\w+, )%c1_i32( : i32\s+memref\.store %\w+, %alloc_\d+\[)",
+        r"\1%c0_i32\2",
+    ),
+    (
+        "gathers the rows of another token",
+        "tile",
+        r"(moe\.pack_rows .*via\(%\w+, )%c3\b",
+        r"\1%c2",
+    ),
+    (
+        "combines into another token",
+        "tile",
+        r"(via\(%\w+, %\w+ slots )%c3\b",
+        r"\1%c2",
+    ),
+    (
+        "reads the first panel for every one",
+        "tile",
+        r"(moe\.gemm_tile .*weight\(%arg6\[%\w+, )%\w+\]",
+        r"\1%c0]",
+    ),
+    (
+        "reads the first expert's weights for all",
+        "tile",
+        r"(moe\.gemm_tile .*weight\(%arg7\[)%\w+,",
+        r"\1%c0,",
+    ),
+    ("shares a counter between two stages", "tile", r"counter\(1\)", "counter(0)"),
+    (
+        "takes two panels and does one",
+        "tile",
+        r"counter\(2\) count\(%c1\)",
+        "counter(2) count(%c2)",
+    ),
+    ("adds to what was in the scratch", "tile", r"\n *moe\.begin_panels .*", ""),
+    ("does not store the last panels", "tile", r"\n *moe\.end_panels .*", ""),
+    (
+        "ignores accumulate",
+        "tile",
+        r"(\n *)(moe\.begin_panels .*accumulate\()%\w+\)",
+        r"\1%no = arith.constant false\1\2%no)",
+    ),
+    (
+        "loses the rows of a block that is not full",
+        "tile",
+        r"(%\w+ = arith\.addi %\w+, )%c2( : index\s+%\w+ = arith\.divui %\w+, %c3 : index)",
+        r"\1%c0\2",
+    ),
+]
+
+
+def examine(layer_of, checkpoint) -> None:
+    """The checks of the other tests on one library; raises at the first that fails."""
+    block = checkpoint.blocks[0]
+    layer = layer_of(threads=1)
+    for count in (1, 2, 17, 64):
+        x = oracle.tokens(count, block.hidden, checkpoint.dtype)
+        oracle.check_layer(layer, block, x, checkpoint.dtype, f"T={count}")
+        before = oracle.tokens(count, block.hidden, checkpoint.dtype, seed=1)
+        y = layer(x, out=before.clone(), accumulate=True)
+        assert oracle.relative(y, oracle.wide(before) + block.reference()(x)) < 2e-6
+    y = layer(x)
+    assert torch.equal(torch.cat([layer(x[:1]), layer(x[1:])]), y)
+    assert torch.equal(layer_of(threads=moec.Serial(3))(x), y)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint, and its IR after each phase that a fault is put in."""
+    from conftest import driver, moec_command
+
+    driver()
+    folder = tmp_path_factory.mktemp("compiler")
+    checkpoint = oracle.make_checkpoint("mixtral-gelu", "f32", folder / "checkpoint")
+    texts = {}
+    for phase in sorted({fault[1] for fault in COMPILER_FAULTS}):
+        file = folder / f"{phase}.mlir"
+        levels = ["--cpu", "x86-64-v3", "--compile-to", phase]
+        moec_command("compile", checkpoint.path, *levels, "-o", file)
+        texts[phase] = file.read_text()
+    return folder, checkpoint, texts
+
+
+def compile_text(model, phase, text, folder):
+    """The library of IR after a phase; None where the compiler itself refuses it."""
+    from conftest import moec_command
+
+    _, checkpoint, _ = model
+    (folder / "fault.mlir").write_text(text)
+    options = ["--compile-from", phase, "--checkpoint", checkpoint.path, "--cpu", "x86-64-v3"]
+    out = folder / "out.moec"
+    done = moec_command(
+        "compile", folder / "fault.mlir", *options, "-o", out, "--quiet", check=False
+    )
+    if done.returncode:
+        return None, done.stderr
+    return (lambda **kwargs: moec.load(out, **kwargs).layers[0]), ""
+
+
+@pytest.mark.parametrize("phase", sorted({fault[1] for fault in COMPILER_FAULTS}))
+def test_ir_without_a_fault_passes(model, tmp_path, phase):
+    layer_of, said = compile_text(model, phase, model[2][phase], tmp_path)
+    assert layer_of is not None, said
+    examine(layer_of, model[1])
+
+
+def _examined(layer_of, checkpoint):
+    """In a child: a fault may as well crash, hang or spoil memory, and then it is found, too."""
+    torch.set_num_threads(1)
+    try:
+        examine(layer_of, checkpoint)
+    except (AssertionError, moec.Error, ValueError, IndexError):
+        os._exit(3)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("fault", COMPILER_FAULTS, ids=[f[0] for f in COMPILER_FAULTS])
+def test_compiler_faults_are_found(model, tmp_path, fault):
+    _, phase, pattern, replacement = fault
+    text, count = re.subn(pattern, replacement, model[2][phase])
+    assert count, "the text to spoil is gone: choose another"
+    layer_of, said = compile_text(model, phase, text, tmp_path)
+    # A mistake that the verifier refuses would prove nothing about the tests.
+    assert layer_of is not None, said
+    child = multiprocessing.get_context("fork").Process(target=_examined, args=(layer_of, model[1]))
+    child.start()
+    child.join(60)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    assert child.exitcode != 0, "no check found it"
