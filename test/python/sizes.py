@@ -25,7 +25,10 @@ ROUTER = (
     {"order": "score_then_select", "renormalize": "sum", "epsilon": 1e-6, "scale_value": 2.5},
     {"order": "select_then_score", "renormalize": "none"},
 )
-FACTORS = (H, F, E, K, ACTIVATION, range(len(ROUTER)))
+DTYPES = ("f32", "bf16")
+LEVELS = ("x86-64-v3", "x86-64-v4")
+# The last two are factors like any other: a layer is compiled for one of them each, not for all.
+FACTORS = (H, F, E, K, ACTIVATION, range(len(ROUTER)), DTYPES, LEVELS)
 
 # Weights of one layer, in numbers: what a test run of minutes can make and pack.
 LARGEST = 6_000_000
@@ -68,7 +71,7 @@ def pairwise(count: int, seed: int = 0) -> list[tuple]:
 
 def layer_spec(s: tuple, name: str, index: int) -> dict[str, Any]:
     """One layer of a *.moe.json; the same mapping is the reference's spec."""
-    h, f, e, k, activation, router = s
+    h, f, e, k, activation, router = s[:6]
     return {
         "name": name,
         "index": index,
