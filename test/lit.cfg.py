@@ -64,7 +64,7 @@ for library in ("mlir_c_runner_utils", "mlir_runner_utils"):
 config.substitutions.append(("%host_cxx", config.host_cxx))
 config.substitutions.append(("%host_cc", config.host_cc))
 
-tools = ["moec", "moe-opt", "moe-reduce", "moe-lsp-server"]
+tools = ["moec", "moe-phase-test", "moe-opt", "moe-reduce", "moe-lsp-server"]
 for tool in tools:
     path = os.path.join(config.moe_tools_dir, tool)
     if not os.path.exists(path):
