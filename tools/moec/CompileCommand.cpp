@@ -359,7 +359,8 @@ static llvm::Error work(Request request) {
   if (!request.makesFolder())
     return deliver(request, bytes);
 
-  // The folder.
+  // The folder. LLD resets every option of this process, so they are read before it runs.
+  std::string target = output;
   noteForCrash("phase.txt", "export\n");
   std::string folder = stageFolder + "/output";
   std::string object = stageFolder + "/" + spec.name + ".o";
@@ -404,7 +405,7 @@ static llvm::Error work(Request request) {
   }
   double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   Log::get().note(
-      llvm::Twine(output.getValue()) + ": " + llvm::Twine(spec.layers.size()) + " layer" +
+      llvm::Twine(target) + ": " + llvm::Twine(spec.layers.size()) + " layer" +
       (spec.layers.size() == 1 ? "" : "s") + ", " + llvm::Twine(table->codes.size()) +
       " distinct; " + library + " " + sizeText(libraryBytes) + " in " + timeText(codeSeconds) +
       (packs ? "; weights " + sizeText(packed) + " in " + timeText(seconds - codeSeconds)
