@@ -1,4 +1,4 @@
-"""Writes inputs of `moec run` with NumPy, and checks its outputs: shapes, types, bf16 by rounding."""
+"""Writes inputs of `moec run` with NumPy, and checks its outputs: shapes, types, bf16 rounding."""
 
 import sys
 
@@ -35,7 +35,9 @@ if sys.argv[1] == "write":
     open("short.npy", "wb").write(raw[:-1])
 else:
     y = np.load("y32.npy")
-    assert y.shape == shape and y.dtype == np.float32 and np.isfinite(y).all() and np.abs(y).max() > 0
+    assert (
+        y.shape == shape and y.dtype == np.float32 and np.isfinite(y).all() and np.abs(y).max() > 0
+    )
     for name in ("y16.npy", "ybits.npy", "yv2.npy"):
         bits = np.load(name)
         assert bits.shape == shape and bits.dtype == np.dtype("V2"), (bits.shape, bits.dtype)
