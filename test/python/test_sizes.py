@@ -88,7 +88,8 @@ def test_experts_without_tokens_and_tokens_with_one_expert(model):
             own = block.experts(x, *kept)
             what = label(block, model, count)
             s = block.spec
-            oracle.check_close(y, exact, own, model.dtype, s["H"], s["F"], what)
+            call = (x, *kept)
+            oracle.check_close(y, exact, own, model.dtype, s["H"], s["F"], what, block, call)
 
 
 def test_nan_and_infinity_stay_in_their_rows(model):
@@ -142,6 +143,6 @@ def test_accumulate_adds_to_what_is_there(model):
         before = oracle.tokens(9, block.hidden, model.dtype, seed=3)
         y = layer(x, out=before.clone(), accumulate=True)
         exact = oracle.wide(before) + block.reference()(x)
-        unit = 2e-6 if model.dtype == "f32" else 6 * 2**-9
+        unit = 1e-5 if model.dtype == "f32" else 6 * 2**-9
         assert oracle.relative(y, exact) < unit, label(block, model, 9)
         np.testing.assert_equal(np.isfinite(oracle.wide(y)).all(), True)
