@@ -289,7 +289,7 @@ def shard(checkpoint, tmp_path):
 def test_missing_shard(checkpoint, tmp_path):
     target, _ = shard(checkpoint, tmp_path)
     (target / "model-00002-of-00003.safetensors").unlink()
-    refused(target, "E-IO", "system", text="model-00002-of-00003.safetensors")
+    refused(target, "E-TENSOR", "model", text="model-00002-of-00003.safetensors")
 
 
 @pytest.mark.parametrize(
