@@ -1,46 +1,65 @@
-"""Writes inputs of `moec run` with NumPy, and checks its outputs: shapes, types, bf16 rounding."""
+"""Writes inputs of `moec run` and checks its outputs, with the standard library alone.
 
+The bytes are those that NumPy 2 writes (format 1.0, and 2.0 once); bfloat16 is '<V2', as NumPy saves
+arrays of ml_dtypes.bfloat16.
+"""
+
+import ast
+import math
+import random
+import struct
 import sys
-
-import numpy as np
 
 shape = (2, 3, 64)
 
 
-def to_bf16(x):
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+def save(path, descr, dims, raw, version=1, fortran=False):
+    head = repr({"descr": descr, "fortran_order": fortran, "shape": dims})
+    start = 10 if version == 1 else 12
+    head += " " * (63 - (start + len(head)) % 64) + "\n"
+    length = struct.pack("<H" if version == 1 else "<I", len(head))
+    with open(path, "wb") as file:
+        file.write(b"\x93NUMPY" + bytes([version, 0]) + length + head.encode() + raw)
 
 
-def from_bf16(bits):
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+def load(path):
+    data = open(path, "rb").read()
+    assert data[:8] == b"\x93NUMPY\x01\x00", data[:8]
+    (length,) = struct.unpack("<H", data[8:10])
+    assert (10 + length) % 64 == 0
+    head = ast.literal_eval(data[10 : 10 + length].decode())
+    assert head["fortran_order"] is False
+    return head["descr"], head["shape"], data[10 + length :]
 
 
 if sys.argv[1] == "write":
-    x = from_bf16(to_bf16(np.random.default_rng(0).standard_normal(shape, dtype=np.float32)))
-    np.save("x32.npy", x)
-    np.save("bits.npy", to_bf16(x))
-    np.save("v2.npy", to_bf16(x).view("V2"))
-    with open("x16.npy", "wb") as file:
-        # As ml_dtypes saves bfloat16: the type has no name of its own in the format.
-        np.lib.format.write_array_header_2_0(
-            file, {"descr": "<V2", "fortran_order": False, "shape": shape}
-        )
-        file.write(to_bf16(x).tobytes())
-    np.save("wide.npy", np.zeros((3, 65), np.float32))
-    np.save("f64.npy", np.zeros((3, 64)))
-    np.save("fortran.npy", np.asfortranarray(np.zeros((3, 64), np.float32)))
-    np.save("pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
-    raw = open("x32.npy", "rb").read()
-    open("short.npy", "wb").write(raw[:-1])
+    generator = random.Random(0)
+    # Values that bf16 holds exactly: the upper halves of floats between 2^-3 and 2.
+    bits = [generator.randrange(0x3E00, 0x4000) for _ in range(math.prod(shape))]
+    bits = [b | generator.choice((0, 0x8000)) for b in bits]
+    wide = struct.pack(f"<{len(bits)}I", *(b << 16 for b in bits))
+    narrow = struct.pack(f"<{len(bits)}H", *bits)
+    save("x32.npy", "<f4", shape, wide)
+    save("x16.npy", "<V2", shape, narrow)
+    save("bits.npy", "<u2", shape, narrow)
+    save("v2.npy", "|V2", shape, narrow, version=2)
+    save("wide.npy", "<f4", (3, 65), bytes(3 * 65 * 4))
+    save("f64.npy", "<f8", (3, 64), bytes(3 * 64 * 8))
+    save("fortran.npy", "<f4", (3, 64), bytes(3 * 64 * 4), fortran=True)
+    save("pickle.npy", "|O", (1,), b"\x80\x04}.")
+    open("short.npy", "wb").write(open("x32.npy", "rb").read()[:-1])
 else:
-    y = np.load("y32.npy")
-    assert (
-        y.shape == shape and y.dtype == np.float32 and np.isfinite(y).all() and np.abs(y).max() > 0
-    )
+    descr, dims, raw = load("y32.npy")
+    assert descr == "<f4" and dims == shape, (descr, dims)
+    y = struct.unpack(f"<{len(raw) // 4}f", raw)
+    largest = max(map(abs, y))
+    assert all(map(math.isfinite, y)) and largest > 0
     for name in ("y16.npy", "ybits.npy", "yv2.npy"):
-        bits = np.load(name)
-        assert bits.shape == shape and bits.dtype == np.dtype("V2"), (bits.shape, bits.dtype)
-        got = from_bf16(bits.view(np.uint16))
-        # y is summed in f32 and rounded once, so one bf16 step (2^-8) is the most that differs.
-        assert np.allclose(got, y, rtol=2**-7, atol=1e-3 * np.abs(y).max()), name
+        descr, dims, raw = load(name)
+        assert descr == "<V2" and dims == shape, (descr, dims)
+        halves = struct.unpack(f"<{len(raw) // 2}H", raw)
+        words = struct.pack(f"<{len(halves)}I", *(h << 16 for h in halves))
+        got = struct.unpack(f"<{len(halves)}f", words)
+        # y is summed in f32 and rounded once, so a bf16 step (2^-8) is the most that differs.
+        for a, b in zip(y, got, strict=True):
+            assert abs(a - b) <= 2**-7 * abs(a) + 1e-3 * largest, (name, a, b)
