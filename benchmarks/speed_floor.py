@@ -88,8 +88,8 @@ def run(shape_name, dtype_name, tokens, blocks, threads, workdir):
     block = model.model.layers[0].mlp
     checkpoint = Path(workdir) / f"{shape_name}-{dtype_name}"
     model.save_pretrained(checkpoint)
-    library = moec.compile(str(checkpoint), out=str(checkpoint) + ".moec", threads=threads)
-    layer = library.layers[0]
+    moec.compile(str(checkpoint), out=str(checkpoint) + ".moec")
+    layer = moec.load(str(checkpoint) + ".moec", threads=threads).layers[0]
 
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, tokens, hidden, generator=generator).to(dtype)
