@@ -48,8 +48,9 @@ llvm::Expected<std::unique_ptr<llvm::TargetMachine>> mlir::moe::createCPUTargetM
   if (!target)
     return makeError(ErrorCode::TARGET, "codegen", "an LLVM with the x86 target", error);
   llvm::TargetOptions options;
-  // Fusing is the compiler's decision, spelled as fma in the IR; LLVM must not add its own.
-  options.AllowFPOpFusion = llvm::FPOpFusion::Strict;
+  // Fusing is the compiler's decision, spelled in the IR as vector.fma, which becomes llvm.fmuladd.
+  // Standard fuses that and nothing else; Strict would split it into a product and a sum.
+  options.AllowFPOpFusion = llvm::FPOpFusion::Standard;
   std::unique_ptr<llvm::TargetMachine> machine(
       target->createTargetMachine(triple, "x86-64", "", options, llvm::Reloc::PIC_,
                                   llvm::CodeModel::Small, llvm::CodeGenOptLevel::Aggressive));

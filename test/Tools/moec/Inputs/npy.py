@@ -1,7 +1,7 @@
 """Writes inputs of `moec run` and checks its outputs, with the standard library alone.
 
-The bytes are those that NumPy 2 writes (format 1.0, and 2.0 once); bfloat16 is '<V2', as NumPy saves
-arrays of ml_dtypes.bfloat16.
+The bytes are those that NumPy 2 writes (format 1.0, and 2.0 once); bfloat16 is '<V2', as NumPy
+saves arrays of ml_dtypes.bfloat16.
 """
 
 import ast
