@@ -89,7 +89,7 @@ _CLASSES |= {7: CheckError, 9: InternalError}
 
 _FORM = re.compile(
     r"(?P<name>E-[A-Z0-9-]+): (?:(?P<where>.*?): )?"
-    r"expected (?P<expected>.*?), but got (?P<got>.*?)(?:; (?P<hint>.*))?",
+    r"expected (?P<expected>.*?), but got:? (?P<got>.*?)(?:; (?P<hint>.*))?",
     re.DOTALL,
 )
 

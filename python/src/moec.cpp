@@ -43,7 +43,10 @@ namespace {
 
 /// Raises moec.Error (the subclass that belongs to the code).
 [[noreturn]] void raise(int code, const std::string &message) {
-  nb::object error = nb::module_::import_("moec.errors").attr("make_error")(code, message);
+  // A message may quote bytes of a file: they need not be UTF-8.
+  nb::object text = nb::steal(PyUnicode_DecodeUTF8(
+      message.data(), static_cast<Py_ssize_t>(message.size()), "backslashreplace"));
+  nb::object error = nb::module_::import_("moec.errors").attr("make_error")(code, text);
   PyErr_SetObject(reinterpret_cast<PyObject *>(Py_TYPE(error.ptr())), error.ptr());
   throw nb::python_error();
 }

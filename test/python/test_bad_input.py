@@ -276,11 +276,6 @@ def test_weights_that_are_no_numbers(checkpoint, name, value):
     refused(checkpoint, "E-NONFINITE", "model", text=name)
 
 
-def test_no_weights_at_all(checkpoint):
-    (checkpoint / "model.safetensors").unlink()
-    refused(checkpoint, "E-IO|E-TENSOR", "system", text="safetensors")
-
-
 def shard(checkpoint, tmp_path):
     target = oracle.rewrite_sharded(checkpoint, tmp_path / "sharded")
     return target, target / "model.safetensors.index.json"
