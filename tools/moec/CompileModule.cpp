@@ -151,10 +151,26 @@ static llvm::Expected<std::string> readStrategy(const std::string &path) {
   auto value = parseJSON(*text, path, ErrorCode::FILE_FORMAT);
   if (!value)
     return value.takeError();
-  if (const llvm::json::Object *object = value->getAsObject())
-    if (const llvm::json::Value *section = object->get("strategy"))
-      return canonicalText(*section);
-  return canonicalText(*value);
+  const llvm::json::Value *section = &*value;
+  if (const llvm::json::Object *manifest = value->getAsObject())
+    if (const llvm::json::Value *inner = manifest->get("strategy"))
+      section = inner;
+  // Function to matmul to fields; what the fields may be is the pass's to say.
+  const llvm::json::Object *functions = section->getAsObject();
+  bool good = functions != nullptr;
+  if (good)
+    for (const auto &function : *functions) {
+      const llvm::json::Object *matmuls = function.second.getAsObject();
+      good &= matmuls != nullptr;
+      if (matmuls)
+        for (const auto &matmul : *matmuls)
+          good &= matmul.second.getAsObject() != nullptr;
+    }
+  if (!good)
+    return makeError(ErrorCode::ARGUMENT, "--strategy: " + path,
+                     "an object of functions, of matmuls, of fields", "another JSON value",
+                     "start from the strategy section of a manifest.json");
+  return canonicalText(*section);
 }
 
 static llvm::Expected<moe::PipelineOptions> pipelineOptions(const PipelineChoice &choice) {
