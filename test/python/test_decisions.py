@@ -1,0 +1,77 @@
+"""Decisions are attributes: a fuse pass left out, or one number of the schedule changed, gives
+other code and the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import moec
+import oracle
+import pytest
+from conftest import LEVELS, moec_command
+from test_bits import same
+
+FUSE_PASSES = (
+    "moe-fuse-router-dispatch",
+    "moe-fuse-gather",
+    "moe-fuse-activation",
+    "moe-fuse-combine",
+)
+
+
+def code_of(folder) -> str:
+    """Hash of the library of a compiled folder."""
+    (library,) = folder.glob("lib*.so")
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def compile_again(compiled, tmp_path):
+    """compile_again(row, dtype, *options): the row's checkpoint once more, with other options."""
+
+    def again(row, dtype, *options):
+        base = compiled(row, dtype)
+        folder = tmp_path / base.path.name
+        moec_command("compile", base.checkpoint.path, "-o", folder, "--quiet", *options)
+        return base, folder
+
+    return again
+
+
+def check_same_results(base, folder):
+    for level in LEVELS:
+        other = moec.load(folder, cpu_level=level)
+        for ours, theirs in zip(other.layers, base.load(level).layers, strict=True):
+            for count in (1, 33):
+                x = oracle.tokens(count, ours.info.H, "f32")
+                assert same(ours(x), theirs(x)), f"{ours.name} at {level}, T = {count}"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("name", FUSE_PASSES)
+def test_a_fuse_pass_left_out_gives_other_code_and_the_same_bits(compile_again, name, dtype):
+    base, folder = compile_again("mixtral", dtype, "--disable-pass", name)
+    assert code_of(folder) != code_of(base.path)
+    check_same_results(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rows", 2), ("prefetch", 512), ("panels_per_task", 1), ("chunk_rows", 16)],
+)
+def test_one_number_of_the_schedule_changes_the_code(
+    compile_again, compiled, tmp_path, field, value
+):
+    manifest = json.loads((compiled("mixtral", "f32").path / "manifest.json").read_text())
+    schedule = manifest["strategy"]
+    for function in schedule.values():
+        for operation in function.values():
+            if field in operation:
+                operation[field] = value
+    edited = tmp_path / "strategy.json"
+    edited.write_text(json.dumps(schedule))
+    base, folder = compile_again("mixtral", "f32", "--strategy", edited)
+    assert code_of(folder) != code_of(base.path)
+    check_same_results(base, folder)
