@@ -122,7 +122,7 @@ config = dict(model_type="mixtral", architectures=["MixtralForCausalLM"], hidden
               intermediate_size=20, num_local_experts=4, num_experts_per_tok=2,
               num_hidden_layers=1, hidden_act="silu", torch_dtype="float32")
 json.dump(config, open("config.json", "w"))
-library = moec.compile("config.json", out="tiny.moec", checkpoint="random:1")
+library = moec.compile("config.json", out="tiny.moec", options={"checkpoint": "random:1"})
 layer = library.layers[0] if hasattr(library, "layers") else moec.load("tiny.moec").layers[0]
 x = np.random.default_rng(0).standard_normal((5, 33)).astype(np.float32)
 y = layer(x)

@@ -266,7 +266,7 @@ def block_of(spec: dict[str, Any], weights: dict[str, torch.Tensor]) -> Block:
         from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 
         sizes = {"hidden_size": spec["H"], "intermediate_size": spec["F"]}
-        module = LlamaMLP(LlamaConfig(**sizes, hidden_act=act, num_attention_heads=1))
+        module = LlamaMLP(LlamaConfig(**sizes, hidden_act=act, num_attention_heads=1, head_dim=16))
         gate, up = weights["gate_up"].chunk(2)
         state = {
             "gate_proj.weight": gate,
