@@ -179,6 +179,18 @@ enum { MOEC_BORROW = 1 };
 MOEC_API int moec_set_weight(moec_model *model, int32_t layer, const char *role, int64_t expert,
                              const DLTensor *src, uint32_t flags, moec_error *error);
 
+/* The inverse: unpacks a matrix of all experts into `dst`, bit by bit what was packed (bf16 into
+   f32 is exact; f32 into bf16 is rounded). role    "gate", "up" [E,F,H], "gate_up" [E,2F,H], "down"
+   [E,H,F]; not the router nor vectors, which are small: keep them dst     f32 or bf16, on the CPU,
+   rank 3 (a dense layer: rank 2 or 3), any strides May run beside moec_run. E-ARGUMENT, E-SHAPE,
+   E-DTYPE, E-DEVICE, as above; E-WEIGHTS (a part was never set). */
+MOEC_API int moec_get_weight(const moec_model *model, int32_t layer, const char *role,
+                             DLTensor *dst, moec_error *error);
+
+/* Frees the memory of a layer's weights, which all have to be set again before it runs. For models
+   opened with MOEC_NONE (else E-ARGUMENT). The layer must not be running meanwhile. */
+MOEC_API int moec_release_weights(moec_model *model, int32_t layer, moec_error *error);
+
 /* Inputs a layer may need besides x (moec_layer_info.needs). */
 enum {
   MOEC_TOKEN_IDS = 1,

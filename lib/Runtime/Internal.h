@@ -102,7 +102,9 @@ struct moec_model {
 };
 
 uint64_t moec_weight_packed_bytes(const moec_weight_desc *w);
-int moec_format_dtype(const char *format);     /* MOEC_DT_F32 | MOEC_DT_BF16, -1: neither */
+int moec_format_dtype(const char *format); /* MOEC_DT_F32 | MOEC_DT_BF16, -1: neither */
+/* MOEC_NONE: no piece of this weight was set; returns how many there are. */
+int64_t moec_forget_weight(moec_layer_state *layer, int32_t weight);
 int moec_layer_arena(moec_layer_state *layer); /* private memory for every weight; -1: no memory */
 
 /* ---- tensors (Tensor.c) ---- */

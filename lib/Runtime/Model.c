@@ -292,17 +292,26 @@ done:
   return r; /* what was mapped belongs to the layer, and goes with the model */
 }
 
+/* Pieces in which a weight may come: the matrices of its experts, the rows of a router. */
+static int64_t pieces_of(const moec_weight_desc *d) {
+  return d->experts * d->parts * (strcmp(d->role, "router") ? 1 : d->rows);
+}
+
+int64_t moec_forget_weight(moec_layer_state *layer, int32_t weight) {
+  const int64_t n = pieces_of(&layer->desc->code->weights[weight]);
+  memset(layer->have[weight], 0, (size_t)n);
+  return n;
+}
+
 /* MOEC_NONE: every matrix, and every row of the router, has to come by moec_set_weight. */
 static int expect_weights(const opening *o, moec_layer_state *layer) {
   const moec_layer_code *code = layer->desc->code;
   for (int32_t i = 0; i < code->weight_count; ++i) {
-    const moec_weight_desc *d = &code->weights[i];
-    int64_t n = d->experts * d->parts * (strcmp(d->role, "router") ? 1 : d->rows);
-    layer->have[i] = calloc((size_t)n, 1);
+    layer->have[i] = calloc((size_t)pieces_of(&code->weights[i]), 1);
     if (!layer->have[i])
       return moec_fail(o->error, MOEC_E_MEMORY, "%s: expected memory for %s, but got none",
                        o->where, layer->desc->name);
-    layer->missing += n;
+    layer->missing += moec_forget_weight(layer, i);
   }
   return 0;
 }

@@ -322,19 +322,32 @@ int64_t moec_pack(void *expert, int32_t dtype, int32_t parts, int32_t part, int6
   return row0 * cols + moec_pack_scan(dtype, row1 - row0, cols, &rest);
 }
 
-void moec_unpack(const void *expert, int32_t dtype, int32_t parts, int32_t part, int64_t rows,
-                 int64_t cols, float *out) {
+static uint32_t packed_bits(const void *expert, int32_t dtype, int64_t kp, int64_t panel,
+                            int64_t lane, int64_t k) {
+  if (dtype == MOEC_DT_F32)
+    return ((const uint32_t *)expert)[(panel * kp + k) * 32 + lane];
+  return (uint32_t)((const uint16_t *)expert)[panel * kp * 32 + k / 2 * 64 + lane * 2 + k % 2]
+         << 16;
+}
+
+void moec_unpack_strided(const void *expert, int32_t dtype, int32_t parts, int32_t part,
+                         int64_t rows, int64_t cols, void *out, int32_t to, int64_t row_stride,
+                         int64_t col_stride) {
   const int64_t lanes = moec_pack_panel_rows(parts), kp = (cols + 31) / 32 * 32;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t panel = r / lanes, lane = r % lanes + part * 16;
     for (int64_t k = 0; k < cols; ++k) {
-      uint32_t b =
-          dtype == MOEC_DT_F32
-              ? ((const uint32_t *)expert)[(panel * kp + k) * 32 + lane]
-              : (uint32_t)((
-                    const uint16_t *)expert)[panel * kp * 32 + k / 2 * 64 + lane * 2 + k % 2]
-                    << 16;
-      memcpy(out + r * cols + k, &b, sizeof b);
+      const uint32_t b = packed_bits(expert, dtype, kp, panel, lane, k);
+      const int64_t at = r * row_stride + k * col_stride;
+      if (to == MOEC_DT_F32)
+        ((uint32_t *)out)[at] = b;
+      else
+        ((uint16_t *)out)[at] = float_bits_to_bf16(b);
     }
   }
+}
+
+void moec_unpack(const void *expert, int32_t dtype, int32_t parts, int32_t part, int64_t rows,
+                 int64_t cols, float *out) {
+  moec_unpack_strided(expert, dtype, parts, part, rows, cols, out, MOEC_DT_F32, cols, 1);
 }

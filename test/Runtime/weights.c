@@ -152,6 +152,56 @@ int main(void) {
   OK(row(c, 0));
   CHECK(!memcmp(y, want, sizeof want));
   (void)saved;
+
+  /* What was packed comes back, bit by bit, into any strides; part of it, too. */
+  for (int i = 0; i < E * H * F; ++i)
+    w[i] = (float)(i % 97) / 7 - 5;
+  OK(moec_set_weight(m, 0, "down", -1, make(&t, w, F32, E, H, F), 0, &err));
+  float back[2 * E * H * F], two[2 * E * F * H];
+  OK(moec_get_weight(m, 0, "down", make(&t, back, F32, E, H, F), &err));
+  CHECK(!memcmp(back, w, sizeof(float) * E * H * F));
+  make(&t, back, F32, E, H, F); /* transposed in memory */
+  t.strides[0] = H * F, t.strides[1] = 1, t.strides[2] = H;
+  t.t.strides = t.strides;
+  OK(moec_get_weight(m, 0, "down", &t.t, &err));
+  for (int e = 0; e < E; ++e)
+    for (int i = 0; i < H * F; ++i)
+      CHECK(back[e * H * F + i % F * H + i / F] == w[e * H * F + i]);
+  OK(moec_get_weight(m, 0, "gate_up", make(&t, two, F32, E, 2 * F, H), &err));
+  OK(moec_get_weight(m, 0, "up", make(&t, back, F32, E, F, H), &err));
+  for (int e = 0; e < E; ++e) {
+    CHECK(!memcmp(two + 2 * e * F * H, s->gate + e * F * H, sizeof(float) * F * H));
+    CHECK(!memcmp(two + (2 * e + 1) * F * H, s->up + e * F * H, sizeof(float) * F * H));
+    CHECK(!memcmp(back + e * F * H, s->up + e * F * H, sizeof(float) * F * H));
+  }
+  OK(moec_set_weight(m, 2, "gate", -1, make(&t, half, BF16, b->E, b->F, b->H), 0, &err));
+  OK(moec_get_weight(m, 2, "gate", make(&t, sum, F32, b->E, b->F, b->H), &err));
+  uint16_t *again = (uint16_t *)malloc((size_t)(b->E * b->F * b->H) * 2);
+  OK(moec_get_weight(m, 2, "gate", make(&t, again, BF16, b->E, b->F, b->H), &err));
+  CHECK(!memcmp(again, half, (size_t)(b->E * b->F * b->H) * 2));
+  free(again);
+  OK(moec_get_weight(m, 3, "down", make2(&t, back, F32, 40, 70), &err));
+  FAILS(moec_get_weight(m, 0, "router", make2(&t, back, F32, E, H), &err), ARGUMENT, "router");
+  FAILS(moec_get_weight(m, 0, "down", make2(&t, back, F32, H, F), &err), SHAPE, "[5, 40, 23]");
+  FAILS(moec_get_weight(m, 0, "down", make(&t, back, F16, E, H, F), &err), DTYPE, "but got f16");
+  FAILS(moec_get_weight(m, 9, "down", &t.t, &err), ARGUMENT, "layer");
+  FAILS(moec_get_weight(m, 0, NULL, &t.t, &err), ARGUMENT, "role");
+
+  /* Released, the layer wants every weight again, and then computes what it did. */
+  OK(row(c, 0));
+  memcpy(want, y, sizeof want);
+  OK(moec_release_weights(m, 0, &err));
+  FAILS(row(c, 0), WEIGHTS, "never set");
+  FAILS(moec_get_weight(m, 0, "down", make(&t, back, F32, E, H, F), &err), WEIGHTS, "down");
+  OK(moec_release_weights(m, 0, &err));
+  OK(moec_set_weight(m, 0, "router", -1, make2(&t, s->router, F32, E, H), 0, &err));
+  OK(moec_set_weight(m, 0, "gate_up", -1, make(&t, two, F32, E, 2 * F, H), 0, &err));
+  FAILS(row(c, 0), WEIGHTS, "never set");
+  FAILS(moec_get_weight(m, 0, "down", make(&t, back, F32, E, H, F), &err), WEIGHTS, "expert 0");
+  OK(moec_set_weight(m, 0, "down", -1, make(&t, w, F32, E, H, F), 0, &err));
+  OK(row(c, 0));
+  CHECK(!memcmp(y, want, sizeof want));
+  FAILS(moec_release_weights(NULL, 0, &err), ARGUMENT, "model");
   free(half);
   free(sum);
   moec_context_destroy(c);

@@ -367,6 +367,32 @@ def test_messages_of_every_form():
 # --- weights from memory --------------------------------------------------------------------------
 
 
+def test_weights_come_back(mock):
+    library = set_weights(moec.load(mock, load="none"))
+    for layer, block in zip(library.layers, BLOCKS, strict=True):
+        for role in ("gate_up", "down"):
+            want = block.weights[role]
+            if layer.kind == "dense" and want.dim() == 2:
+                want = want[None]
+            got = torch.full_like(want, torch.nan)
+            layer.get_weight(role, got)
+            assert torch.equal(got, want)
+            across = torch.full_like(want.mT.contiguous(), torch.nan)
+            layer.get_weight(role, across.mT)
+            assert torch.equal(across.mT, want)
+    layer = library.layers[0]
+    with pytest.raises(moec.Error) as caught:
+        layer.get_weight("router", torch.zeros(5, 40))
+    assert caught.value.name == "E-ARGUMENT"
+    before = layer(x_of(layer))
+    layer.release_weights()
+    with pytest.raises(moec.Error, match="never set"):
+        layer(x_of(layer))
+    for role, weight in BLOCKS[0].weights.items():
+        layer.set_weight(role, weight)
+    assert torch.equal(layer(x_of(layer)), before)
+
+
 def test_set_weight(mock):
     library = set_weights(moec.load(mock, load="none"))
     for layer, block in zip(library.layers, BLOCKS, strict=True):

@@ -58,6 +58,11 @@ int64_t moec_pack_scan(int32_t dtype, int64_t rows, int64_t cols, const moec_pac
 void moec_unpack(const void *expert, int32_t dtype, int32_t parts, int32_t part, int64_t rows,
                  int64_t cols, float *out);
 
+/* The same into f32 or bf16 elements with any strides (in elements); f32 to bf16 is rounded. */
+void moec_unpack_strided(const void *expert, int32_t dtype, int32_t parts, int32_t part,
+                         int64_t rows, int64_t cols, void *out, int32_t to, int64_t row_stride,
+                         int64_t col_stride);
+
 /* XXH3, 64 bits, seed 0: the hash of every tensor in a packed file. */
 uint64_t moec_pack_hash(const void *data, size_t bytes);
 
