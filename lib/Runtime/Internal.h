@@ -10,6 +10,7 @@
 #include <stddef.h>
 
 #define MOEC_API __attribute__((visibility("default")))
+#include "moe/Runtime/Machine.h"
 #include "moec.h"
 #include "moec/module.h"
 
@@ -52,17 +53,7 @@ int moec_check_struct(const void *s, size_t known, const char *where, const char
 
 /* ---- machine (Machine.c) ---- */
 
-typedef struct {
-  const char *name;
-  int32_t rank;  /* as moec_level_code.rank */
-  int32_t built; /* 0: a name whose code no compiler of this version makes */
-} moec_level_info;
-
-const moec_level_info *moec_find_level(const char *name); /* NULL: no such name */
-/* NULL if this machine runs `level`, else the first feature that it lacks, as "AVX-512BW". */
-const char *moec_missing_feature(const moec_level_info *level);
 bool moec_has_avx2(void); /* AVX2, FMA and F16C, enabled by the system */
-int32_t moec_cpus_allowed(void);
 
 void *moec_map_memory(size_t bytes); /* zeroed, huge-page aligned if large; NULL: no memory */
 void moec_unmap_memory(void *p, size_t bytes);

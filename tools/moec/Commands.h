@@ -10,6 +10,7 @@
 
 #include "moe/Spec/ModelSpec.h"
 #include "moe/Support/Error.h"
+#include "moec.h"
 
 #include "llvm/ADT/ArrayRef.h"
 #include "llvm/Support/CommandLine.h"
@@ -30,11 +31,13 @@ struct Command {
   llvm::cl::SubCommand &(*parser)();
   int (*run)(); ///< returns the exit code; errors have been reported
 };
-extern const Command compileCommand, packCommand, runCommand, inspectCommand;
+extern const Command compileCommand, packCommand, runCommand, benchCommand, inspectCommand,
+    doctorCommand, completionCommand;
 llvm::ArrayRef<const Command *> commands();
 
 // Functions, because options in several files need them before main.
-llvm::cl::SubCommand &compileParser(), &packParser(), &runParser(), &inspectParser();
+llvm::cl::SubCommand &compileParser(), &packParser(), &runParser(), &benchParser(),
+    &inspectParser(), &doctorParser(), &completionParser();
 llvm::cl::OptionCategory &category();
 
 bool followLinks();
@@ -52,6 +55,9 @@ extern std::vector<std::string> commandLine;
 int runInChild(llvm::StringRef target, bool isFile, bool isWeights, bool force);
 /// The same without an output.
 int runInChildWithoutOutput();
+
+/// The runtime's error as ours. Its message already reads "E-NAME: where: expected …".
+llvm::Error runtimeError(const moec_error &error);
 
 /// Called in the child: what it is doing and what to keep if it crashes.
 void noteForCrash(llvm::StringRef file, llvm::StringRef contents);

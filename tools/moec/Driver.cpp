@@ -9,6 +9,7 @@
 #include "Log.h"
 
 #include "moe/Export/Module.h"
+#include "moe/Export/Output.h"
 #include "moec.h"
 
 #include "llvm/Config/llvm-config.h"
@@ -42,6 +43,15 @@ cl::SubCommand &inspectParser() {
   return parser;
 }
 
+cl::SubCommand &doctorParser() {
+  static cl::SubCommand parser(doctorCommand.name, doctorCommand.sentence);
+  return parser;
+}
+cl::SubCommand &completionParser() {
+  static cl::SubCommand parser(completionCommand.name, completionCommand.sentence);
+  return parser;
+}
+
 std::string stageFolder;
 std::vector<std::string> commandLine;
 
@@ -63,7 +73,8 @@ bool followLinks() { return followLinksOption; }
 std::vector<std::string> modelRows() { return modelRowsOption; }
 
 llvm::ArrayRef<const Command *> commands() {
-  static const Command *const all[] = {&compileCommand, &packCommand, &runCommand, &inspectCommand};
+  static const Command *const all[] = {&compileCommand, &packCommand,   &runCommand,
+                                       &inspectCommand, &doctorCommand, &completionCommand};
   return all;
 }
 
@@ -82,6 +93,12 @@ static void printHelp(llvm::raw_ostream &os) {
         "Exit codes: 0 everything asked for exists; 2 a wrong call; 3 a model that cannot be "
         "used;\n4 a wrong library or wrong weights; 5 the system refused; 6 a device; 7 a check "
         "failed;\n70 a bug in moec; 130 and 143 interrupted. Errors carry a code, E-NAME.\n";
+}
+
+llvm::Error runtimeError(const moec_error &error) {
+  llvm::StringRef message = error.message;
+  message.consume_front((llvm::StringRef(moec_error_name(error.code)) + ": ").str());
+  return makeError(static_cast<ErrorCode>(error.code), "", "", message);
 }
 
 llvm::Expected<std::vector<int64_t>> parseNumberList(llvm::StringRef text, llvm::StringRef option) {
@@ -187,8 +204,7 @@ int runDriver(int argc, char **argv) {
     std::error_code error = llvm::outs().error();
     llvm::outs().clear_error();
     if (!code && error != std::errc::broken_pipe)
-      code = Log::get().report(
-          makeError(ErrorCode::IO, "stdout", "all bytes to be written", error.message()));
+      code = Log::get().report(osError("stdout", "all bytes to be written", error.value()));
   }
   return code;
 }

@@ -61,13 +61,6 @@ static cl::opt<std::string> weights("weights", cl::desc("Folder of packed weight
 static cl::opt<bool> force("force", cl::desc("Replace existing output files"), cl::cat(category()),
                            cl::sub(runParser()));
 
-/// The runtime's error as ours. Its message already reads "E-NAME: where: expected …".
-static llvm::Error runtimeError(const moec_error &error) {
-  llvm::StringRef message = error.message;
-  message.consume_front((llvm::StringRef(moec_error_name(error.code)) + ": ").str());
-  return makeError(static_cast<ErrorCode>(error.code), "", "", message);
-}
-
 namespace {
 struct Input {
   Array array;
