@@ -74,12 +74,14 @@ std::vector<PackedWeight> packedWeights(const LayerSpec &layer) {
     PackedWeight packed;
     packed.role = weight.role;
     packed.format = name(weight.format).str();
-    packed.layout = packedLayout.str();
+    bool vector = isVector(weight.role);
+    packed.layout = (vector ? vectorLayout : packedLayout).str();
     packed.experts = weight.experts;
     packed.parts = weight.parts;
     packed.rows = weight.rows;
     packed.cols = weight.cols;
-    packed.bytes = moec_pack_tensor_bytes(weight.format == Format::F32 ? MOEC_DT_F32 : MOEC_DT_BF16,
+    packed.bytes = moec_pack_tensor_bytes(vector ? MOEC_VECTOR32 : MOEC_PANEL32,
+                                          weight.format == Format::F32 ? MOEC_DT_F32 : MOEC_DT_BF16,
                                           weight.experts, static_cast<int32_t>(weight.parts),
                                           weight.rows, weight.cols);
     out.push_back(std::move(packed));

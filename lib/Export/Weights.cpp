@@ -108,12 +108,15 @@ public:
     TensorSlice slice = locate(layer, weight, expert, part);
     uint64_t key = mix(seed + golden * (1 + fnv1a(slice.tensor)));
     double scale = std::sqrt(3.0 / static_cast<double>(weight.cols));
+    double middle = llvm::StringRef(weight.role).ends_with("_scale") ? 1.0 : 0.0;
     int64_t cols = weight.cols;
     size_t item = itemBytes(weight.format);
     bytes.resize(static_cast<size_t>(row1 - row0) * cols * item);
     for (int64_t row = row0; row < row1; ++row) {
       double factor = scale;
-      if (weight.role == "router")
+      if (isVector(weight.role))
+        factor = 0.25;
+      else if (weight.role == "router")
         factor *= 0.5 + 1.5 * unit(mix(key ^ ((row + 1) * 0xD1B54A32D192ED03)));
       uint64_t z = key + (slice.first + row * slice.rowStride + 1) * golden;
       uint64_t step = slice.colStride * golden;
@@ -121,7 +124,7 @@ public:
       if (weight.format == Format::F32)
         for (int64_t col = 0; col < cols; ++col)
           reinterpret_cast<float *>(out)[col] =
-              static_cast<float>((2 * unit(mix(z + col * step)) - 1) * factor);
+              static_cast<float>(middle + (2 * unit(mix(z + col * step)) - 1) * factor);
       else
         for (int64_t col = 0; col < cols; ++col) {
           float value = static_cast<float>((2 * unit(mix(z + col * step)) - 1) * factor);
@@ -220,9 +223,19 @@ std::unique_ptr<WeightReader> checkpointWeights(const Checkpoint &checkpoint) {
 // Packing
 //===----------------------------------------------------------------------===//
 
+/// How a weight lies in a packed file.
+static int32_t layoutOf(const WeightSpec &weight) {
+  return isVector(weight.role) ? MOEC_VECTOR32 : MOEC_PANEL32;
+}
+
+/// Bytes of one panel.
+static uint64_t panelBytes(const WeightSpec &weight) {
+  return moec_pack_expert_bytes(layoutOf(weight), dtypeNumber(weight.format), 1, 1, weight.cols);
+}
+
 int64_t rowsPerBlock(const WeightSpec &weight, uint64_t bytes) {
   int64_t lanes = moec_pack_panel_rows(static_cast<int32_t>(weight.parts));
-  uint64_t panel = llvm::alignTo(weight.cols, 32) * 32 * itemBytes(weight.format);
+  uint64_t panel = panelBytes(weight);
   int64_t panels = static_cast<int64_t>(std::max<uint64_t>(1, bytes / panel));
   return std::min<int64_t>(panels * lanes, llvm::alignTo(weight.rows, lanes));
 }
@@ -305,9 +318,10 @@ llvm::Expected<std::vector<PackedTensor>> packLayer(const LayerSpec &layer, Weig
     int32_t dtype = dtypeNumber(weight.format);
     int32_t parts = static_cast<int32_t>(weight.parts);
     int64_t lanes = moec_pack_panel_rows(parts);
-    uint64_t panel = llvm::alignTo(weight.cols, 32) * 32 * itemBytes(weight.format);
+    uint64_t panel = panelBytes(weight);
+    int32_t layout = layoutOf(weight);
     int64_t step = rowsPerBlock(weight, blockBytes);
-    if (moec_pack_tensor_bytes(dtype, weight.experts, parts, weight.rows, weight.cols) !=
+    if (moec_pack_tensor_bytes(layout, dtype, weight.experts, parts, weight.rows, weight.cols) !=
         target.bytes)
       return makeError(ErrorCode::INTERNAL, shown, "the packer's size of `" + weight.role + "`",
                        llvm::Twine(target.bytes));
@@ -326,8 +340,8 @@ llvm::Expected<std::vector<PackedTensor>> packLayer(const LayerSpec &layer, Weig
           auto rows = reader.read(layer, weight, expert, part, row0, row1);
           if (!rows)
             return rows.takeError();
-          int64_t bad = moec_pack(expertBase, dtype, parts, part, weight.rows, weight.cols, row0,
-                                  row1, &rows->source);
+          int64_t bad = moec_pack(layout, expertBase, dtype, parts, part, weight.rows, weight.cols,
+                                  row0, row1, &rows->source);
           if (bad >= 0)
             return makeError(ErrorCode::NONFINITE, layer.name + ": tensor `" + rows->tensor + "`",
                              "finite numbers",

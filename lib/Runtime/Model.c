@@ -34,8 +34,8 @@ int moec_format_dtype(const char *format) {
 }
 
 uint64_t moec_weight_packed_bytes(const moec_weight_desc *w) {
-  return moec_pack_tensor_bytes(moec_format_dtype(w->format), w->experts, (int32_t)w->parts,
-                                w->rows, w->cols);
+  return moec_pack_tensor_bytes(moec_pack_layout(w->layout), moec_format_dtype(w->format),
+                                w->experts, (int32_t)w->parts, w->rows, w->cols);
 }
 
 /* ---- members of a folder ---- */
@@ -348,9 +348,15 @@ static int check_module(const opening *o, const moec_module *m) {
                        w, d->name, c->needs);
     for (int32_t j = 0; j < c->weight_count; ++j) {
       const moec_weight_desc *t = &c->weights[j];
-      if (strcmp(t->layout, "panel32-1"))
-        return moec_fail(e, MOEC_E_LAYOUT, "%s: %s: %s: expected layout panel32-1, but got \"%s\"",
-                         w, d->name, t->role, t->layout);
+      const int32_t layout = moec_pack_layout(t->layout);
+      if (layout < 0)
+        return moec_fail(e, MOEC_E_LAYOUT,
+                         "%s: %s: %s: expected layout panel32-1 or vector32-1, but got \"%s\"", w,
+                         d->name, t->role, t->layout);
+      if (layout == MOEC_VECTOR32 && (t->cols != 1 || moec_format_dtype(t->format) != MOEC_DT_F32))
+        return moec_fail(e, MOEC_E_LAYOUT,
+                         "%s: %s: %s: expected a vector in f32, but got %lld columns in %s", w,
+                         d->name, t->role, (long long)t->cols, t->format);
       if (moec_format_dtype(t->format) < 0)
         return moec_fail(e, MOEC_E_LAYOUT,
                          "%s: %s: %s: expected format f32 or bf16, but got \"%s\"", w, d->name,

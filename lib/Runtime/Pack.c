@@ -20,10 +20,24 @@ bool moec_has_avx2(void);
 
 int64_t moec_pack_panel_rows(int32_t parts) { return parts == 2 ? 16 : 32; }
 
-uint64_t moec_pack_expert_bytes(int32_t dtype, int32_t parts, int64_t rows, int64_t cols) {
+int32_t moec_pack_layout(const char *name) {
+  return !strcmp(name, "panel32-1")    ? MOEC_PANEL32
+         : !strcmp(name, "vector32-1") ? MOEC_VECTOR32
+                                       : -1;
+}
+
+/* cols as they are stored. */
+static int64_t padded(int32_t layout, int64_t cols) {
+  return layout == MOEC_VECTOR32 ? cols : (cols + 31) / 32 * 32;
+}
+
+uint64_t moec_pack_expert_bytes(int32_t layout, int32_t dtype, int32_t parts, int64_t rows,
+                                int64_t cols) {
   uint64_t lanes = (uint64_t)moec_pack_panel_rows(parts);
-  uint64_t panels = ((uint64_t)rows + lanes - 1) / lanes;
-  uint64_t kp = ((uint64_t)cols + 31) / 32 * 32, bytes;
+  uint64_t panels = ((uint64_t)rows + lanes - 1) / lanes, bytes;
+  if (cols > INT64_MAX - 31)
+    return UINT64_MAX;
+  uint64_t kp = (uint64_t)padded(layout, cols);
   if (rows < 0 || cols < 0 ||
       __builtin_mul_overflow(kp, (uint64_t)(dtype == MOEC_DT_F32 ? 128 : 64), &bytes) ||
       __builtin_mul_overflow(bytes, panels, &bytes) || bytes > (uint64_t)INT64_MAX)
@@ -31,9 +45,9 @@ uint64_t moec_pack_expert_bytes(int32_t dtype, int32_t parts, int64_t rows, int6
   return bytes;
 }
 
-uint64_t moec_pack_tensor_bytes(int32_t dtype, int64_t experts, int32_t parts, int64_t rows,
-                                int64_t cols) {
-  uint64_t one = moec_pack_expert_bytes(dtype, parts, rows, cols), bytes;
+uint64_t moec_pack_tensor_bytes(int32_t layout, int32_t dtype, int64_t experts, int32_t parts,
+                                int64_t rows, int64_t cols) {
+  uint64_t one = moec_pack_expert_bytes(layout, dtype, parts, rows, cols), bytes;
   if (one == UINT64_MAX || experts < 0 || __builtin_mul_overflow(one, (uint64_t)experts, &bytes) ||
       bytes > (uint64_t)INT64_MAX - 4095)
     return UINT64_MAX;
@@ -288,11 +302,12 @@ int64_t moec_pack_scan(int32_t dtype, int64_t rows, int64_t cols, const moec_pac
   return -1;
 }
 
-int64_t moec_pack(void *expert, int32_t dtype, int32_t parts, int32_t part, int64_t rows,
-                  int64_t cols, int64_t row0, int64_t row1, const moec_pack_source *s) {
+int64_t moec_pack(int32_t layout, void *expert, int32_t dtype, int32_t parts, int32_t part,
+                  int64_t rows, int64_t cols, int64_t row0, int64_t row1,
+                  const moec_pack_source *s) {
   const int64_t lanes = moec_pack_panel_rows(parts);
   const int64_t per_unit = dtype == MOEC_DT_F32 ? 1 : 2;
-  const int64_t panel_units = (cols + 31) / 32 * 32 / per_unit;
+  const int64_t panel_units = padded(layout, cols) / per_unit;
   const bool fast = moec_has_avx2() && (s->col_stride == 1 || s->row_stride == 1);
   bool bad = false;
   for (int64_t row = row0; row < row1;) {
@@ -330,10 +345,10 @@ static uint32_t packed_bits(const void *expert, int32_t dtype, int64_t kp, int64
          << 16;
 }
 
-void moec_unpack_strided(const void *expert, int32_t dtype, int32_t parts, int32_t part,
-                         int64_t rows, int64_t cols, void *out, int32_t to, int64_t row_stride,
-                         int64_t col_stride) {
-  const int64_t lanes = moec_pack_panel_rows(parts), kp = (cols + 31) / 32 * 32;
+void moec_unpack_strided(int32_t layout, const void *expert, int32_t dtype, int32_t parts,
+                         int32_t part, int64_t rows, int64_t cols, void *out, int32_t to,
+                         int64_t row_stride, int64_t col_stride) {
+  const int64_t lanes = moec_pack_panel_rows(parts), kp = padded(layout, cols);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t panel = r / lanes, lane = r % lanes + part * 16;
     for (int64_t k = 0; k < cols; ++k) {
@@ -347,7 +362,7 @@ void moec_unpack_strided(const void *expert, int32_t dtype, int32_t parts, int32
   }
 }
 
-void moec_unpack(const void *expert, int32_t dtype, int32_t parts, int32_t part, int64_t rows,
-                 int64_t cols, float *out) {
-  moec_unpack_strided(expert, dtype, parts, part, rows, cols, out, MOEC_DT_F32, cols, 1);
+void moec_unpack(int32_t layout, const void *expert, int32_t dtype, int32_t parts, int32_t part,
+                 int64_t rows, int64_t cols, float *out) {
+  moec_unpack_strided(layout, expert, dtype, parts, part, rows, cols, out, MOEC_DT_F32, cols, 1);
 }

@@ -86,15 +86,16 @@ int moec_get_weight(const moec_model *model, int32_t layer, const char *role, DL
     stride[i + 1 - lead] = dst->strides[i];
 
   const int32_t format = moec_format_dtype(d->format);
-  const uint64_t step = moec_pack_expert_bytes(format, parts, d->rows, d->cols);
+  const uint64_t step = moec_pack_expert_bytes(MOEC_PANEL32, format, parts, d->rows, d->cols);
   for (int64_t e = 0; e < d->experts; ++e)
     for (int32_t p = 0; p < parts; ++p) {
       if (part >= 0 && p != part)
         continue;
       const int64_t row0 = part < 0 ? p * d->rows : 0;
-      moec_unpack_strided((const char *)s->weights[at] + (uint64_t)e * step, format, parts, p,
-                          d->rows, d->cols, data + (e * stride[0] + row0 * stride[1]) * size, to,
-                          stride[1], stride[2]);
+      moec_unpack_strided(MOEC_PANEL32, (const char *)s->weights[at] + (uint64_t)e * step, format,
+                          parts, p, d->rows, d->cols,
+                          data + (e * stride[0] + row0 * stride[1]) * size, to, stride[1],
+                          stride[2]);
     }
   return moec_succeed(error);
 }

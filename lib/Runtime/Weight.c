@@ -11,6 +11,16 @@ typedef struct {
   bool by_row;    /* the router: "expert" is a row of its one matrix */
 } target;
 
+/* The names of the two parts of a weight that has them. */
+static const struct {
+  const char *role, *parts[2];
+} part_names[] = {
+    {"gate_up", {"gate", "up"}},
+    {"gate_up_bias", {"gate_bias", "up_bias"}},
+    {"shared_gate_up", {"shared_gate_proj", "shared_up_proj"}},
+};
+enum { PART_NAMES = sizeof part_names / sizeof *part_names };
+
 static bool find_role(const moec_layer_code *c, const char *role, target *t) {
   for (int32_t i = 0; i < c->weight_count; ++i) {
     const moec_weight_desc *w = &c->weights[i];
@@ -21,11 +31,12 @@ static bool find_role(const moec_layer_code *c, const char *role, target *t) {
       t->by_row = !strcmp(role, "router");
       return true;
     }
-    if (w->parts == 2 && !strcmp(w->role, "gate_up") &&
-        (!strcmp(role, "gate") || !strcmp(role, "up"))) {
-      t->part = role[0] == 'u';
-      return true;
-    }
+    for (int n = 0; n < PART_NAMES; ++n)
+      for (int32_t p = 0; w->parts == 2 && p < 2; ++p)
+        if (!strcmp(w->role, part_names[n].role) && !strcmp(role, part_names[n].parts[p])) {
+          t->part = p;
+          return true;
+        }
   }
   return false;
 }
@@ -33,9 +44,14 @@ static bool find_role(const moec_layer_code *c, const char *role, target *t) {
 static void roles_text(const moec_layer_code *c, char *text, size_t size) {
   size_t n = 0;
   text[0] = 0;
-  for (int32_t i = 0; i < c->weight_count && n < size; ++i)
-    n += (size_t)snprintf(text + n, size - n, "%s%s%s", i ? ", " : "", c->weights[i].role,
-                          strcmp(c->weights[i].role, "gate_up") ? "" : ", gate, up");
+  for (int32_t i = 0; i < c->weight_count && n < size; ++i) {
+    const moec_weight_desc *w = &c->weights[i];
+    n += (size_t)snprintf(text + n, size - n, "%s%s", i ? ", " : "", w->role);
+    for (int k = 0; k < PART_NAMES && n < size; ++k)
+      if (w->parts == 2 && !strcmp(w->role, part_names[k].role))
+        n += (size_t)snprintf(text + n, size - n, ", %s, %s", part_names[k].parts[0],
+                              part_names[k].parts[1]);
+  }
 }
 
 static void shape_text(const DLTensor *t, char *text, size_t size) {
@@ -67,7 +83,7 @@ int moec_set_weight(moec_model *model, int32_t layer, const char *role, int64_t 
   moec_layer_state *s = &model->layers[layer];
   const moec_layer_code *c = s->desc->code;
   const char *name = s->desc->name;
-  char text[160], got[96];
+  char text[320], got[96];
   target t;
   if (!find_role(c, role, &t)) {
     roles_text(c, text, sizeof text);
@@ -80,7 +96,10 @@ int moec_set_weight(moec_model *model, int32_t layer, const char *role, int64_t 
     return moec_fail(error, MOEC_E_ARGUMENT, "%s: %s: expert: expected -1 to %lld, but got %lld", w,
                      name, (long long)experts - 1, (long long)expert);
 
-  /* The matrix of one expert: [rows][cols]. */
+  const int32_t layout = moec_pack_layout(d->layout);
+  const bool vector = layout == MOEC_VECTOR32;
+
+  /* The matrix of one expert: [rows][cols]; a vector has one column. */
   const int64_t rows = t.by_row ? 1 : d->rows * (t.part < 0 ? 2 : 1), cols = d->cols;
   int r = moec_check_device(src, w, "src", error);
   if (r)
@@ -89,7 +108,8 @@ int moec_set_weight(moec_model *model, int32_t layer, const char *role, int64_t 
     return moec_fail(error, MOEC_E_SHAPE, "%s: %s: %s: expected rank 1 to 3, but got rank %d", w,
                      name, role, src->ndim);
   /* Accepted: [rows, cols] or, if it is one row, [cols]; for all experts [E, rows, cols], for the
-     router [E, H]; an expert dimension of 1 may stand before or be left out if E = 1. */
+     router [E, H]; an expert dimension of 1 may stand before or be left out if E = 1. A vector has
+     no dimension for its one column: [rows], for all experts [E, rows]. */
   int64_t shape[3] = {experts, rows, cols};
   const int64_t n = expert < 0 ? experts : 1;
   shape[0] = n;
@@ -104,9 +124,10 @@ int moec_set_weight(moec_model *model, int32_t layer, const char *role, int64_t 
       at[2] = 0, fits = true;
     }
   } else {
-    first = 3 - rank;
-    fits = rank >= 2 || rows == 1;
-    for (int32_t i = 0; i < 3; ++i) {
+    const int32_t last = vector ? 2 : 3;
+    first = last - rank;
+    fits = rank <= last && (vector || rank >= 2 || rows == 1);
+    for (int32_t i = 0; i < last && fits; ++i) {
       if (i >= first) {
         at[i] = i - first;
         fits = fits && src->shape[i - first] == shape[i];
@@ -119,6 +140,10 @@ int moec_set_weight(moec_model *model, int32_t layer, const char *role, int64_t 
     shape_text(src, got, sizeof got);
     if (t.by_row)
       snprintf(text, sizeof text, "[%lld, %lld]", (long long)n, (long long)cols);
+    else if (vector && n == 1)
+      snprintf(text, sizeof text, "[%lld]", (long long)rows);
+    else if (vector)
+      snprintf(text, sizeof text, "[%lld, %lld]", (long long)n, (long long)rows);
     else if (expert < 0)
       snprintf(text, sizeof text, "[%lld, %lld, %lld]", (long long)n, (long long)rows,
                (long long)cols);
@@ -169,14 +194,14 @@ int moec_set_weight(moec_model *model, int32_t layer, const char *role, int64_t 
   if (t.by_row) {
     const int64_t row0 = expert < 0 ? 0 : expert;
     moec_pack_source m = {data - row0 * stride[0] * size, dtype, stride[0], stride[2]};
-    (void)moec_pack(tensor, format, 1, 0, d->rows, cols, row0, row0 + n, &m);
+    (void)moec_pack(layout, tensor, format, 1, 0, d->rows, cols, row0, row0 + n, &m);
     for (int64_t i = row0; s->have[t.weight] && i < row0 + n; ++i) {
       s->missing -= !s->have[t.weight][i];
       s->have[t.weight][i] = 1;
     }
     return moec_succeed(error);
   }
-  const uint64_t step = moec_pack_expert_bytes(format, parts, d->rows, cols);
+  const uint64_t step = moec_pack_expert_bytes(layout, format, parts, d->rows, cols);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t e = expert < 0 ? i : expert;
     for (int32_t p = 0; p < parts; ++p) {
@@ -184,7 +209,8 @@ int moec_set_weight(moec_model *model, int32_t layer, const char *role, int64_t 
         continue;
       const int64_t skip = t.part < 0 ? p * d->rows * stride[1] : 0;
       moec_pack_source m = {data + (i * stride[0] + skip) * size, dtype, stride[1], stride[2]};
-      (void)moec_pack(tensor + (uint64_t)e * step, format, parts, p, d->rows, cols, 0, d->rows, &m);
+      (void)moec_pack(layout, tensor + (uint64_t)e * step, format, parts, p, d->rows, cols, 0,
+                      d->rows, &m);
       if (s->have[t.weight]) {
         s->missing -= !s->have[t.weight][e * parts + p];
         s->have[t.weight][e * parts + p] = 1;

@@ -511,6 +511,8 @@ void RowReader::readForms(JSONReader &block, Layer &out) {
       out.forms[weight.role].push_back(std::move(form));
     }
   }
+  for (llvm::StringRef role : weightRoles())
+    roles.get(role); // the weights of attributes that this layer does not have
   roles.finish();
 }
 
@@ -686,12 +688,12 @@ void noteConversions(ModelSpec &spec, const Checkpoint &checkpoint) {
     for (const WeightSpec &weight : layer.weights) {
       bool half = false;
       Format stored = storedFormat(weight, checkpoint, half);
-      if (half)
+      if (half && !isVector(weight.role))
         notes.insert("the checkpoint holds f16 tensors: they are converted to " +
                      name(weight.format).str());
       else if (stored == Format::F32 && weight.format == Format::BF16)
         notes.insert("f32 weights of the checkpoint are rounded to bf16");
-      else if (stored == Format::BF16 && weight.format == Format::F32)
+      else if (stored == Format::BF16 && weight.format == Format::F32 && !isVector(weight.role))
         notes.insert("bf16 weights of the checkpoint are widened to f32");
     }
   spec.notes.insert(spec.notes.end(), notes.begin(), notes.end());
@@ -716,6 +718,8 @@ llvm::Error bindFormats(ModelSpec &spec, const Checkpoint &checkpoint, const Loa
       if (llvm::Error error = checkpoint.checkWeight(
               weight, "the model (" + (sizes.empty() ? demand : sizes) + ")"))
         return error;
+      if (isVector(weight.role))
+        continue;
       weight.format = storedFormat(weight, checkpoint, half);
       if (weight.role != "router" && weight.format == Format::F32)
         experts = Format::F32;
@@ -723,6 +727,8 @@ llvm::Error bindFormats(ModelSpec &spec, const Checkpoint &checkpoint, const Loa
     Format chosen = options.dtype.value_or(experts);
     std::string origin = options.dtype ? "command line" : "checkpoint";
     for (WeightSpec &weight : layer.weights) {
+      if (isVector(weight.role))
+        continue;
       if (weight.role != "router" || chosen == Format::F32)
         weight.format = chosen; // an f32 router stays f32 beside bf16 experts
       layer.origins["weights." + weight.role + ".format"] =
@@ -865,7 +871,8 @@ llvm::Expected<LoadedModel> loadConfig(const InputFile &file, const std::string 
       layer.spec.compute = layer.spec.format = out.spec.dtype;
       layer.spec.origins["compute"] = layer.spec.origins["format"] = origin;
       for (WeightSpec &weight : layer.spec.weights)
-        weight.format = out.spec.dtype;
+        if (!isVector(weight.role))
+          weight.format = out.spec.dtype;
       out.spec.layers.push_back(std::move(layer.spec));
     }
   }
@@ -911,7 +918,7 @@ llvm::Expected<LoadedModel> loadSpec(llvm::StringRef path, const LoadOptions &op
       layer.compute = layer.format = *options.dtype;
       layer.origins["compute"] = layer.origins["format"] = "command line";
       for (WeightSpec &weight : layer.weights)
-        if (weight.role != "router" || *options.dtype == Format::F32)
+        if (!isVector(weight.role) && (weight.role != "router" || *options.dtype == Format::F32))
           weight.format = *options.dtype;
     }
   }

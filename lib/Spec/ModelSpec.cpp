@@ -54,6 +54,24 @@ MOE_NAME(Arrangement)
 // Weights and parameters
 //===----------------------------------------------------------------------===//
 
+llvm::ArrayRef<llvm::StringLiteral> weightRoles() {
+  static constexpr llvm::StringLiteral roles[] = {
+      "router",       "gate_up",        "up",           "down",
+      "router_bias",  "selection_bias", "router_scale", "per_expert_scale",
+      "gate_up_bias", "up_bias",        "down_bias",    "shared_gate_up",
+      "shared_up",    "shared_down",    "shared_gate"};
+  return roles;
+}
+
+bool isVector(llvm::StringRef role) {
+  return role.ends_with("_bias") || role == "router_scale" || role == "per_expert_scale";
+}
+
+bool isRouted(llvm::StringRef role) {
+  role.consume_back("_bias");
+  return role == "gate_up" || role == "up" || role == "down";
+}
+
 std::vector<WeightSpec> weightsOf(const LayerSpec &layer) {
   std::vector<WeightSpec> out;
   auto add = [&](llvm::StringRef role, int64_t experts, int64_t parts, int64_t rows, int64_t cols) {
@@ -63,16 +81,34 @@ std::vector<WeightSpec> weightsOf(const LayerSpec &layer) {
     weight.parts = parts;
     weight.rows = rows;
     weight.cols = cols;
-    weight.format = layer.format;
+    weight.format = isVector(role) ? Format::F32 : layer.format;
     out.push_back(std::move(weight));
   };
-  if (layer.kind == LayerKind::MoE)
-    add("router", 1, 1, layer.E, layer.H);
-  if (layer.expert.form == Form::GLU)
-    add("gate_up", layer.E, 2, layer.F, layer.H);
-  else
-    add("up", layer.E, 1, layer.F, layer.H);
-  add("down", layer.E, 1, layer.H, layer.F);
+  const RouterSpec &router = layer.router;
+  bool moe = layer.kind == LayerKind::MoE, glu = layer.expert.form == Form::GLU;
+  int64_t H = layer.H, F = layer.F, E = layer.E, parts = glu ? 2 : 1;
+  if (moe)
+    add("router", 1, 1, E + router.extraRowCount, H);
+  add(glu ? "gate_up" : "up", E, parts, F, H);
+  add("down", E, 1, H, F);
+  if (moe && router.logitBias)
+    add("router_bias", 1, 1, E + router.extraRowCount, 1);
+  if (moe && router.selectionBias != SelectionBias::None)
+    add("selection_bias", 1, 1, E, 1);
+  if (moe && router.input == RouterInput::RMSNorm)
+    add("router_scale", 1, 1, H, 1);
+  if (moe && router.scale == Scale::PerExpert)
+    add("per_expert_scale", 1, 1, E, 1);
+  if (layer.expert.bias) {
+    add(glu ? "gate_up_bias" : "up_bias", E, parts, F, 1);
+    add("down_bias", E, 1, H, 1);
+  }
+  if (moe && layer.combine.shared == Shared::MLP) {
+    add(glu ? "shared_gate_up" : "shared_up", 1, parts, layer.combine.sharedWidth, H);
+    add("shared_down", 1, 1, H, layer.combine.sharedWidth);
+    if (layer.combine.sharedGate == SharedGate::Sigmoid)
+      add("shared_gate", 1, 1, 1, H);
+  }
   return out;
 }
 
@@ -93,7 +129,7 @@ int64_t LayerSpec::totalParameters() const {
 int64_t LayerSpec::activeParameters() const {
   int64_t sum = 0;
   for (const WeightSpec &weight : weights)
-    sum += weight.role == "router" ? weight.elements() : weight.elements() / E * K;
+    sum += isRouted(weight.role) ? weight.elements() / E * K : weight.elements();
   return sum;
 }
 
@@ -192,7 +228,22 @@ llvm::Error checkConsistent(const LayerSpec &layer) {
     check.size("router.groups_kept", r.groupsKept, r.groups);
     check.require(r.groups < 1 || layer.E % r.groups == 0, "router.groups",
                   llvm::formatv("a divisor of E = {0}", layer.E).str(), std::to_string(r.groups));
+    check.require(r.groups > 1 || r.groupsKept == 1, "router.groups_kept", "1 of 1 group",
+                  std::to_string(r.groupsKept));
+    check.require(r.groups <= 1 || r.groupFill == GroupFill::Zero ||
+                      layer.K <= layer.E / std::max<int64_t>(r.groups, 1) * r.groupsKept,
+                  "K", "at most the experts of the groups kept", std::to_string(layer.K));
+    check.require(r.groups <= 1 || r.groupReduce == GroupReduce::Max || layer.E / r.groups >= 2,
+                  "router.groups", "groups of at least 2 experts", std::to_string(r.groups));
+    const CombineSpec &c = layer.combine;
+    if (c.shared == Shared::MLP)
+      check.size("combine.shared_width", c.sharedWidth, Limits::width);
+    else
+      check.require(c.sharedGate == SharedGate::None, "combine.shared_gate",
+                    "`none` without a shared expert", "`" + name(c.sharedGate) + "`");
   }
+  if (llvm::Error error = check.take())
+    return error; // sizes first: weights are made of them
   std::vector<WeightSpec> wanted = weightsOf(layer);
   check.require(wanted.size() == layer.weights.size(), "weights",
                 llvm::formatv("{0} of them", wanted.size()).str(),

@@ -392,7 +392,17 @@ std::vector<int64_t> shapeOf(const WeightSpec &weight, const WeightSource &sourc
     std::swap(shape[0], shape[1]);
   if (source.arrangement == Arrangement::Stacked)
     shape.insert(shape.begin(), weight.experts);
+  if (isVector(weight.role))
+    llvm::erase(shape, 1);
   return shape;
+}
+
+/// Whether a tensor has the shape. Vectors are stored with and without dimensions of 1.
+bool fits(const TensorInfo &tensor, const WeightSpec &weight, const WeightSource &source) {
+  std::vector<int64_t> shape = tensor.shape;
+  if (isVector(weight.role))
+    llvm::erase(shape, 1);
+  return shape == shapeOf(weight, source);
 }
 
 } // namespace
@@ -411,7 +421,7 @@ llvm::Error Checkpoint::checkWeight(const WeightSpec &weight, llvm::StringRef co
       if (dtype != Dtype::F32 && dtype != Dtype::BF16 && dtype != Dtype::F16)
         return makeError(ErrorCode::UNSUPPORTED, at, "dtype F32, BF16 or F16", name(dtype),
                          "this format of weights is not implemented yet");
-      if (p->info->shape != shape)
+      if (!fits(*p->info, weight, source))
         return makeError(ErrorCode::TENSOR, at,
                          "shape " + shapeText(shape) + (config.empty() ? "" : ", as ") + config +
                              (config.empty() ? "" : " demands"),
@@ -433,7 +443,7 @@ llvm::Expected<MatrixExtent> Checkpoint::locate(const WeightSpec &weight, int64_
   const Place *p = place(out.tensor);
   if (!p)
     return missing(out.tensor);
-  if (p->info->shape != shapeOf(weight, *source) || bitsOf(p->info->dtype) < 16)
+  if (!fits(*p->info, weight, *source) || bitsOf(p->info->dtype) < 16)
     return makeError(ErrorCode::TENSOR, p->file->file().path() + ": tensor `" + out.tensor + "`",
                      "shape " + shapeText(shapeOf(weight, *source)), describe(*p->info));
   // Limits keep these products far below 2^63, and the shape above has been checked against the

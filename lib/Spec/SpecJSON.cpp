@@ -109,7 +109,7 @@ llvm::json::Object layerJSON(const LayerSpec &layer, Format dtype, bool origins)
   llvm::json::Object weights;
   for (const WeightSpec &weight : layer.weights) {
     llvm::json::Object w;
-    if (weight.format != layer.format)
+    if (weight.format != layer.format && !isVector(weight.role))
       w["format"] = name(weight.format);
     llvm::json::Array from;
     for (const WeightSource &source : weight.sources) {
@@ -242,8 +242,9 @@ void readWeights(JSONDocument &doc, const llvm::json::Value *value, const std::s
     if (!entry)
       continue;
     JSONReader w(doc, entry, reader.pathOf(weight.role));
-    weight.format =
-        static_cast<Format>(w.choice("format", namesOf<Format>(), size_t(layer.format)));
+    if (!isVector(weight.role)) // vectors are f32
+      weight.format =
+          static_cast<Format>(w.choice("format", namesOf<Format>(), size_t(layer.format)));
     if (const llvm::json::Value *from = w.get("from")) {
       const llvm::json::Array *array = from->getAsArray();
       if (!array || array->empty() || array->size() > 8) {

@@ -76,7 +76,7 @@ static void matrix(int from, int to, int parts, int64_t rows, int64_t cols, int 
   float *values = (float *)malloc((size_t)(parts * rows * cols) * 4);
   float *back = (float *)malloc((size_t)(rows * cols) * 4);
   memset(data, 0xff, n * 4 * (size_t)parts); /* NaN wherever nothing belongs to the matrix */
-  size_t bytes = moec_pack_expert_bytes(to, parts, rows, cols);
+  size_t bytes = moec_pack_expert_bytes(MOEC_PANEL32, to, parts, rows, cols);
   char *packed = (char *)malloc(bytes + 64);
   memset(packed, 0x5a, bytes + 64);
   moec_pack_source source[2];
@@ -92,7 +92,7 @@ static void matrix(int from, int to, int parts, int64_t rows, int64_t cols, int 
     source[p].row_stride = rs;
     source[p].col_stride = cs;
     CHECK(moec_pack_scan(to, rows, cols, &source[p]) == -1);
-    CHECK(moec_pack(packed, to, parts, p, rows, cols, 0, rows, &source[p]) == -1);
+    CHECK(moec_pack(MOEC_PANEL32, packed, to, parts, p, rows, cols, 0, rows, &source[p]) == -1);
   }
   int64_t per = moec_pack_panel_rows(parts), kp = (cols + 31) / 32 * 32;
   int64_t wrong = 0;
@@ -102,7 +102,7 @@ static void matrix(int from, int to, int parts, int64_t rows, int64_t cols, int 
         uint32_t want = r < rows && k < cols ? bits_of(values[(p * rows + r) * cols + k], to) : 0;
         wrong += bits_at(packed, to, parts, p, cols, r, k) != want;
       }
-    moec_unpack(packed, to, parts, p, rows, cols, back);
+    moec_unpack(MOEC_PANEL32, packed, to, parts, p, rows, cols, back);
     for (int64_t i = 0; i < rows * cols; ++i) {
       float want = values[p * rows * cols + i];
       wrong += back[i] != (to == MOEC_DT_BF16 ? bf16_value(bf16_round(want)) : want);
@@ -120,12 +120,12 @@ static void matrix(int from, int to, int parts, int64_t rows, int64_t cols, int 
   memset(pieces, 0x33, bytes);
   for (int p = 0; p < parts; ++p)
     for (int64_t r = 0; r < rows; r += per)
-      CHECK(moec_pack(pieces, to, parts, p, rows, cols, r, r + per < rows ? r + per : rows,
-                      &source[p]) == -1);
+      CHECK(moec_pack(MOEC_PANEL32, pieces, to, parts, p, rows, cols, r,
+                      r + per < rows ? r + per : rows, &source[p]) == -1);
   CHECK(!memcmp(pieces, packed, bytes));
   int64_t row = rows / 2;
   put((char *)(uintptr_t)source[0].data, from, row * rs, 1.0f);
-  CHECK(moec_pack(pieces, to, parts, 0, rows, cols, row, row + 1, &source[0]) == -1);
+  CHECK(moec_pack(MOEC_PANEL32, pieces, to, parts, 0, rows, cols, row, row + 1, &source[0]) == -1);
   CHECK(bits_at(pieces, to, parts, 0, cols, row, 0) == bits_of(1.0f, to));
   int64_t changed = 0;
   for (size_t i = 0; i < bytes; i += 2)
@@ -137,7 +137,8 @@ static void matrix(int from, int to, int parts, int64_t rows, int64_t cols, int 
     int64_t r = rows - 1, c = cols - 1;
     put((char *)(uintptr_t)source[0].data, from, r * rs + c * cs, INFINITY);
     CHECK(moec_pack_scan(to, rows, cols, &source[0]) == r * cols + c);
-    CHECK(moec_pack(pieces, to, parts, 0, rows, cols, 0, rows, &source[0]) == r * cols + c);
+    CHECK(moec_pack(MOEC_PANEL32, pieces, to, parts, 0, rows, cols, 0, rows, &source[0]) ==
+          r * cols + c);
     uint32_t nan = 0x7fffffff; /* rounding carries this one into the sign */
     if (from == MOEC_DT_F32)
       memcpy((char *)(uintptr_t)source[0].data, &nan, 4);
@@ -146,13 +147,42 @@ static void matrix(int from, int to, int parts, int64_t rows, int64_t cols, int 
       memcpy((char *)(uintptr_t)source[0].data, &h, 2);
     }
     CHECK(moec_pack_scan(to, rows, cols, &source[0]) == 0);
-    CHECK(moec_pack(pieces, to, parts, 0, rows, cols, 0, rows, &source[0]) == 0);
+    CHECK(moec_pack(MOEC_PANEL32, pieces, to, parts, 0, rows, cols, 0, rows, &source[0]) == 0);
   }
   free(pieces);
   free(packed);
   free(back);
   free(values);
   free(data);
+}
+
+/* A vector of one expert: 32 lanes beside each panel of the matrix with the same rows. */
+static void vector(int from, int parts, int64_t rows, int64_t stride) {
+  const int64_t per = moec_pack_panel_rows(parts), panels = (rows + per - 1) / per;
+  float data[2 * 96], want[2][96], packed[6 * 32 + 1], back[96];
+  CHECK(moec_pack_expert_bytes(MOEC_VECTOR32, MOEC_DT_F32, parts, rows, 1) ==
+        (uint64_t)panels * 128);
+  for (int i = 0; i < 6 * 32 + 1; ++i)
+    packed[i] = -77;
+  moec_pack_source s = {data, from, stride, 1};
+  for (int p = 0; p < parts; ++p) {
+    for (int64_t r = 0; r < rows; ++r) {
+      want[p][r] = value(from, r + p);
+      put(data, from, r * stride, want[p][r]);
+    }
+    CHECK(moec_pack(MOEC_VECTOR32, packed, MOEC_DT_F32, parts, p, rows, 1, 0, rows, &s) == -1);
+    moec_unpack(MOEC_VECTOR32, packed, MOEC_DT_F32, parts, p, rows, 1, back);
+    CHECK(!memcmp(back, want[p], (size_t)rows * sizeof(float)));
+  }
+  for (int p = 0; p < parts; ++p)
+    for (int64_t r = 0; r < panels * per; ++r)
+      CHECK(packed[r / per * 32 + 16 * p + r % per] == (r < rows ? want[p][r] : 0));
+  CHECK(packed[panels * 32] == -77);
+  if (from != MOEC_DT_F16) {
+    put(data, from, (rows - 1) * stride, INFINITY);
+    CHECK(moec_pack(MOEC_VECTOR32, packed, MOEC_DT_F32, parts, 0, rows, 1, 0, rows, &s) ==
+          rows - 1);
+  }
 }
 
 int main(void) {
@@ -185,17 +215,28 @@ int main(void) {
   CHECK(moec_pack_scan(MOEC_DT_BF16, 70, 40, &s) == -1);
   half[66 * 40 + 3] = 0xfc00; /* -infinity */
   CHECK(moec_pack_scan(MOEC_DT_BF16, 70, 40, &s) == 66 * 40 + 3);
-  CHECK(moec_pack(expert, MOEC_DT_F32, 1, 0, 70, 40, 64, 70, &s) == 66 * 40 + 3);
-  CHECK(moec_pack(expert, MOEC_DT_F32, 1, 0, 70, 40, 0, 64, &s) == -1);
+  CHECK(moec_pack(MOEC_PANEL32, expert, MOEC_DT_F32, 1, 0, 70, 40, 64, 70, &s) == 66 * 40 + 3);
+  CHECK(moec_pack(MOEC_PANEL32, expert, MOEC_DT_F32, 1, 0, 70, 40, 0, 64, &s) == -1);
 
   /* Sizes by hand: 70 rows in parts of 16 are 5 panels of 64 x 32; Mixtral's gate_up. */
-  CHECK(moec_pack_expert_bytes(MOEC_DT_BF16, 2, 70, 40) == 5 * 64 * 32 * 2);
-  CHECK(moec_pack_expert_bytes(MOEC_DT_F32, 1, 33, 33) == 2 * 64 * 32 * 4);
-  CHECK(moec_pack_tensor_bytes(MOEC_DT_F32, 3, 1, 1, 1) == 3 * 32 * 32 * 4);
-  CHECK(moec_pack_tensor_bytes(MOEC_DT_BF16, 1, 1, 1, 1) == 4096);
-  CHECK(moec_pack_tensor_bytes(MOEC_DT_BF16, 8, 2, 14336, 4096) == (uint64_t)1879048192);
-  CHECK(moec_pack_tensor_bytes(MOEC_DT_F32, (int64_t)1 << 40, 1, (int64_t)1 << 40, 1) ==
-        UINT64_MAX);
+  CHECK(moec_pack_expert_bytes(MOEC_PANEL32, MOEC_DT_BF16, 2, 70, 40) == 5 * 64 * 32 * 2);
+  CHECK(moec_pack_expert_bytes(MOEC_PANEL32, MOEC_DT_F32, 1, 33, 33) == 2 * 64 * 32 * 4);
+  CHECK(moec_pack_tensor_bytes(MOEC_PANEL32, MOEC_DT_F32, 3, 1, 1, 1) == 3 * 32 * 32 * 4);
+  CHECK(moec_pack_tensor_bytes(MOEC_PANEL32, MOEC_DT_BF16, 1, 1, 1, 1) == 4096);
+  CHECK(moec_pack_tensor_bytes(MOEC_PANEL32, MOEC_DT_BF16, 8, 2, 14336, 4096) ==
+        (uint64_t)1879048192);
+  CHECK(moec_pack_tensor_bytes(MOEC_PANEL32, MOEC_DT_F32, (int64_t)1 << 40, 1, (int64_t)1 << 40,
+                               1) == UINT64_MAX);
+  CHECK(moec_pack_tensor_bytes(MOEC_VECTOR32, MOEC_DT_F32, 3, 2, 33, 1) == 4096);
+  CHECK(moec_pack_expert_bytes(MOEC_VECTOR32, MOEC_DT_F32, 2, 33, 1) == 3 * 32 * 4);
+  CHECK(moec_pack_layout("panel32-1") == MOEC_PANEL32);
+  CHECK(moec_pack_layout("vector32-1") == MOEC_VECTOR32);
+  CHECK(moec_pack_layout("rows-1") == -1);
+  for (int from = 0; from < 3; ++from)
+    for (int parts = 1; parts <= 2; ++parts)
+      for (int r = 0; r < 6; ++r)
+        for (int64_t stride = 1; stride <= 2; ++stride)
+          vector(from, parts, rows[r], stride);
   /* XXH3 of nothing, a published constant. */
   CHECK(moec_pack_hash("", 0) == 0x2d06800538d394c2u);
   return finish("pack");

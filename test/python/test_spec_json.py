@@ -60,6 +60,14 @@ def test_smallest_spec(tmp_path):
     VALIDATOR.validate(out["spec"])
 
 
+# Values that another attribute must come with.
+NEEDS = {
+    ("shared", "mlp"): {"shared_width": 8},
+    ("shared_gate", "sigmoid"): {"shared": "mlp", "shared_width": 8},
+    ("extra_rows", "identity"): {"extra_row_count": 3},
+}
+
+
 @pytest.mark.parametrize("group", ["router", "expert", "combine"])
 def test_schema_and_reader_know_the_same_attributes(group, tmp_path):
     properties = SCHEMA["$defs"][group]["properties"]
@@ -73,7 +81,7 @@ def test_schema_and_reader_know_the_same_attributes(group, tmp_path):
     for key, rule in properties.items():
         for choice in rule.get("enum", []):
             value = spec(combine={})
-            value["layers"][0][group][key] = choice
+            value["layers"][0][group].update(NEEDS.get((key, choice), {}), **{key: choice})
             out = load(write(tmp_path, value))["spec"]["layers"][0].get(group, {})
             assert out.get(key, rule.get("default")) == choice, key
         if "default" in rule:
@@ -102,6 +110,7 @@ def everything() -> dict:
         for group in ("router", "expert", "combine")
     }
     groups["expert"]["form"] = "glu"
+    groups["combine"]["shared"] = "mlp"
     sources = {
         "router": {"format": "f32", "from": [{"tensor": "l.{i}.gate"}]},
         "gate_up": {
@@ -116,6 +125,8 @@ def everything() -> dict:
             ]
         },
         "down": {"from": [{"tensor": "l.{i}.e.{e}.down"}]},
+        "gate_up_bias": {"from": [{"tensor": "l.{i}.e.{e}.bias", "part_count": 2}]},
+        "shared_gate": {"from": [{"tensor": "l.{i}.sg"}]},
     }
     out = spec(index="3-7", compute="bf16", format="bf16", weights=sources, **groups)
     out["layers"][0]["origins"] = {"H": "tensor l.{i}.gate", "router.epsilon": "elsewhere"}
@@ -193,6 +204,96 @@ def test_round_trip_of_checkpoints(tmp_path):
     )
     got = weight(folder, name, "gate_up", tmp_path / "a")
     assert np.array_equal(got, want.astype(np.float32).ravel())
+
+
+def test_weights_of_attributes(tmp_path):
+    """Which weights a layer has follows from its attributes; vectors are f32 beside bf16."""
+    value = spec(
+        router={
+            "score": "sigmoid",
+            "order": "score_then_select",
+            "renormalize": "sum",
+            "input": "rms_norm",
+            "logit_bias": True,
+            "selection_bias": "score",
+            "scale": "per_expert",
+        },
+        expert={"form": "glu", "activation": "silu", "bias": True},
+        combine={"shared": "mlp", "shared_width": 7, "shared_gate": "sigmoid"},
+    )
+    value["dtype"] = "bf16"
+    layer = load(write(tmp_path, value))["layers"][0]
+    weights = {
+        role: ([w["experts"], w["parts"], w["rows"], w["cols"]], w["format"])
+        for role, w in layer["semantics"]["weights"].items()
+    }
+    assert weights == {
+        "router": ([1, 1, 4, 6], "bf16"),
+        "gate_up": ([4, 2, 5, 6], "bf16"),
+        "down": ([4, 1, 6, 5], "bf16"),
+        "router_bias": ([1, 1, 4, 1], "f32"),
+        "selection_bias": ([1, 1, 4, 1], "f32"),
+        "router_scale": ([1, 1, 6, 1], "f32"),
+        "per_expert_scale": ([1, 1, 4, 1], "f32"),
+        "gate_up_bias": ([4, 2, 5, 1], "f32"),
+        "down_bias": ([4, 1, 6, 1], "f32"),
+        "shared_gate_up": ([1, 2, 7, 6], "bf16"),
+        "shared_down": ([1, 1, 6, 7], "bf16"),
+        "shared_gate": ([1, 1, 1, 6], "bf16"),
+    }
+    routed = 3 * 5 * 6 + 2 * 5 + 6  # of one expert
+    rest = 4 * 6 + 4 + 4 + 6 + 4 + 3 * 7 * 6 + 6
+    assert layer["total"] == rest + 4 * routed
+    assert layer["active"] == rest + 2 * routed
+    value["layers"][0]["weights"] = {"selection_bias": {"format": "bf16"}}
+    refused("E-CONFIG", write(tmp_path, value), says=("selection_bias", "`format`"))
+
+
+def test_vectors_on_disk(tmp_path):
+    """Vectors are read with and without dimensions of 1, from any dtype, per expert and stacked."""
+    value = spec(
+        E=4,
+        router={
+            "score": "softmax",
+            "order": "score_then_select",
+            "renormalize": "sum",
+            "selection_bias": "score",
+        },
+        expert={"form": "glu", "activation": "silu", "bias": True},
+    )
+    random = np.random.default_rng(5)
+    state = {
+        "router": random.normal(size=(4, 6)),
+        "gu": random.normal(size=(4, 10, 6)),
+        "down": random.normal(size=(4, 6, 5)),
+        "sel": random.normal(size=(1, 4)),
+        "gub": random.normal(size=(4, 10)),
+    }
+    state |= {f"db.{e}": random.normal(size=(6,)) for e in range(4)}
+    state = {k: v.astype(np.float16) for k, v in state.items()}
+    save_file(state, tmp_path / "x.safetensors")
+    stacked = {"arrangement": "stacked"}
+    both = stacked | {"part_count": 2}
+    value["layers"][0]["weights"] = {
+        "router": {"from": [{"tensor": "router"}]},
+        "gate_up": {"from": [{"tensor": "gu"} | both]},
+        "down": {"from": [{"tensor": "down"} | stacked]},
+        "selection_bias": {"from": [{"tensor": "sel"}]},
+        "gate_up_bias": {"from": [{"tensor": "gub", "interleaved": True} | both]},
+        "down_bias": {"from": [{"tensor": "db.{e}"}]},
+    }
+    path = write(tmp_path, value)
+    name, option = "model.layers.0.mlp", f"--checkpoint={tmp_path / 'x.safetensors'}"
+
+    def got(role):
+        return weight(path, name, role, tmp_path / "w", option)
+
+    assert np.array_equal(got("selection_bias"), state["sel"].ravel())
+    gate_up = state["gub"].reshape(4, 5, 2).transpose(0, 2, 1)
+    assert np.array_equal(got("gate_up_bias"), gate_up.ravel())
+    assert np.array_equal(got("down_bias"), np.stack([state[f"db.{e}"] for e in range(4)]).ravel())
+    value["layers"][0]["weights"]["selection_bias"]["from"][0]["tensor"] = "gub"
+    refused("E-TENSOR", write(tmp_path, value), option, says=("gub", "[4]", "[4,10]"))
 
 
 @pytest.mark.parametrize("arrangement", ["per_expert", "stacked"])
@@ -382,7 +483,6 @@ NOT_IMPLEMENTED = [
     ("combine", "accumulate", "f32"),
     ("combine", "sum_scale", 2.5),
     ("combine", "shared", "mlp"),
-    ("combine", "shared_gate", "sigmoid"),
     ("combine", "join", "average"),
     ("combine", "output", "bias"),
     ("combine", "pools", 2),
@@ -392,7 +492,7 @@ NOT_IMPLEMENTED = [
 def test_attributes_that_are_not_implemented_are_refused_by_name(tmp_path):
     for group, key, choice in NOT_IMPLEMENTED:
         value = spec(combine={})
-        value["layers"][0][group][key] = choice
+        value["layers"][0][group].update(NEEDS.get((key, choice), {}), **{key: choice})
         path = write(tmp_path, value)
         load(path)
         text = json.dumps(choice).strip('"')

@@ -29,8 +29,8 @@ namespace moec {
 /// "0.1.0".
 llvm::StringRef versionString();
 
-/// The name of the weight layout this build packs.
-constexpr llvm::StringLiteral packedLayout = "panel32-1";
+/// The names of the layouts this build packs: of matrices, and of vectors (isVector).
+constexpr llvm::StringLiteral packedLayout = "panel32-1", vectorLayout = "vector32-1";
 
 /// BLAKE3 of the canonical text of everything that decides a layer's code and packed bytes
 /// (semantics() with sorted keys, and the layout). Neither name nor index enters.

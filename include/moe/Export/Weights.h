@@ -57,7 +57,8 @@ public:
 /// computed in double, rounded to f32 and then to the tensor's format: uniform with variance 1/Kin,
 /// so that outputs are of the order of inputs. Row e of a router is multiplied, before rounding to
 /// f32, by 0.5 + 1.5 u(mix(key ^ ((e + 1) * 0xD1B54A32D192ED03))): experts with longer rows are
-/// chosen more often, so routing is uneven. A weight without sources (bare config.json) takes
+/// chosen more often, so routing is uneven. Vectors are uniform within 0.25 of 0 (biases) or of 1
+/// (scales) instead. A weight without sources (bare config.json) takes
 /// NAME = "<layer>.<role>", shape [experts, parts * rows, cols].
 std::unique_ptr<WeightReader> randomWeights(uint64_t seed);
 

@@ -184,9 +184,23 @@ struct WeightSource {
   bool interleaved = false; ///< rows of the parts alternate (gate 0, up 0, gate 1, …)
 };
 
-/// One logical weight [E][parts][rows][cols] of a layer; rows = Nout, cols = Kin.
-/// Roles here: "router" [1][1][E][H], "gate_up" [E][2][F][H] (part 0 gate, part 1 up),
-/// "down" [E][1][H][F].
+/// One logical weight [E][parts][rows][cols] of a layer; rows = Nout, cols = Kin. In this order,
+/// each where the layer's attributes ask for it (S the width of the shared expert, X extra rows):
+///
+///   router           [1][1][E+X][H]
+///   gate_up          [E][2][F][H]    part 0 gate, part 1 up; in an mlp "up" [E][1][F][H]
+///   down             [E][1][H][F]
+///   router_bias      [1][1][E+X][1]  router.logit_bias
+///   selection_bias   [1][1][E][1]    router.selection_bias
+///   router_scale     [1][1][H][1]    router.input = rms_norm: its vector
+///   per_expert_scale [1][1][E][1]    router.scale = per_expert
+///   gate_up_bias     [E][2][F][1]    expert.bias; in an mlp "up_bias" [E][1][F][1]
+///   down_bias        [E][1][H][1]    expert.bias
+///   shared_gate_up   [1][2][S][H]    combine.shared = mlp; in an mlp "shared_up"
+///   shared_down      [1][1][H][S]
+///   shared_gate      [1][1][1][H]    combine.shared_gate = sigmoid
+///
+/// Those with one column by their role are vectors (isVector); their format is always f32.
 struct WeightSpec {
   std::string role;
   int64_t experts = 1, parts = 1, rows = 0, cols = 0;
@@ -197,6 +211,13 @@ struct WeightSpec {
 
   int64_t elements() const { return experts * parts * rows * cols; }
 };
+
+/// All roles, in the order of the list above.
+llvm::ArrayRef<llvm::StringLiteral> weightRoles();
+/// Whether weights of this role are vectors: biases and scales.
+bool isVector(llvm::StringRef role);
+/// Whether weights of this role belong to the routed experts, of which a token uses K of E.
+bool isRouted(llvm::StringRef role);
 
 /// One FFN or MoE block of a decoder layer.
 struct LayerSpec {
@@ -209,8 +230,8 @@ struct LayerSpec {
   ExpertSpec expert;
   CombineSpec combine;             ///< meaningless for a dense FFN
   Format compute = Format::F32;    ///< x is rounded to this when read, expert rows before weighting
-  Format format = Format::F32;     ///< of the expert weights
-  std::vector<WeightSpec> weights; ///< router, gate_up, down (dense: gate_up, down)
+  Format format = Format::F32;     ///< of the matrices; a router may stay f32 beside bf16 experts
+  std::vector<WeightSpec> weights; ///< as listed at WeightSpec (dense: no router, nothing shared)
   /// Attribute path ("K", "router.renormalize") to a phrase: "config key `num_experts_per_tok`",
   /// "class default of OlmoeConfig", "checkpoint", "rule of row olmoe", "command line".
   std::map<std::string, std::string> origins;
