@@ -91,9 +91,10 @@ std::string manifestText(const ManifestInput &input) {
                     if (entry.kind != MOEC_ENTRY_ROUTE)
                       json.attribute("y", dtypeText(entry.yType));
                     json.attributeArray("stages", [&] {
-                      for (const std::string &stage : entry.stages)
+                      for (size_t s = 0; s < entry.stages.size(); ++s)
                         json.object([&] {
-                          json.attribute("function", stage);
+                          json.attribute("function", entry.stages[s]);
+                          json.attribute("label", entry.labels[s]);
                           json.attribute("path", "optimized");
                         });
                     });

@@ -420,4 +420,38 @@ llvm::Error measureMachine(MachineConstants &machine, moec_executor *pool, uint6
   return llvm::Error::success();
 }
 
+ReadProbe::ReadProbe(const MachineConstants &machine, moec_executor *pool) : pool(pool) {
+  constexpr size_t huge = 2 << 20;
+  uint64_t wanted = std::max<uint64_t>(4 * static_cast<uint64_t>(machine.l3Total), 256u << 20);
+  if (uint64_t room = availableMemory())
+    wanted = std::min(wanted, room / 8);
+  bytes = wanted / huge * huge;
+  mapped = bytes + huge + 4096; // prefetches run past the end
+  memory = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (!bytes || memory == MAP_FAILED) {
+    memory = nullptr;
+    return;
+  }
+  base = reinterpret_cast<char *>((reinterpret_cast<uintptr_t>(memory) + huge - 1) &
+                                  ~uintptr_t(huge - 1));
+  (void)::madvise(base, bytes, MADV_HUGEPAGE);
+  memset(base, 1, bytes);
+}
+
+ReadProbe::~ReadProbe() {
+  if (memory)
+    ::munmap(memory, mapped);
+}
+
+double ReadProbe::pass() {
+  Instructions has = instructions();
+  auto *read = has.avx512 ? read512 : has.avx2 ? read256 : nullptr;
+  if (!memory || !read)
+    return 0;
+  return bytes / timed(pool, pool->lanes, [&](int32_t lane, int32_t lanes) {
+           size_t first = bytes / 4096 * lane / lanes, end = bytes / 4096 * (lane + 1) / lanes;
+           read(base + first * 4096, static_cast<int64_t>((end - first) * 4096), 1024);
+         });
+}
+
 } // namespace moec::tool

@@ -49,6 +49,24 @@ uint64_t availableMemory();
 /// reason.
 llvm::Error measureMachine(MachineConstants &machine, moec_executor *pool, uint64_t bandwidth = 0);
 
+/// A buffer in memory that is read again and again beside other measurements: on a shared machine
+/// the bandwidth of this minute is not that of the last.
+class ReadProbe {
+public:
+  /// Of four times the last-level cache, at least 256 MB, at most an eighth of what is free.
+  ReadProbe(const MachineConstants &machine, moec_executor *pool);
+  ~ReadProbe();
+  ReadProbe(const ReadProbe &) = delete;
+  /// Reads it once; bytes/s, or 0 where there is no memory or no AVX2.
+  double pass();
+
+private:
+  moec_executor *pool;
+  void *memory = nullptr;
+  size_t mapped = 0, bytes = 0;
+  char *base = nullptr;
+};
+
 } // namespace moec::tool
 
 #endif // MOEC_TOOL_MEASURE_H

@@ -103,8 +103,12 @@ llvm::Expected<CodeTable> mlir::moe::buildCodeTable(ModuleOp module, StringRef n
         made.xType = typeCode(entry.getX());
         made.yType = typeCode(entry.getY());
         made.workspaceBytes = function + "_workspace_bytes";
-        while (symbols.lookup(function + "_stage" + std::to_string(made.stages.size())))
-          made.stages.push_back(function + "_stage" + std::to_string(made.stages.size()));
+        auto stageName = [&] { return function + "_stage" + std::to_string(made.stages.size()); };
+        while (Operation *stage = symbols.lookup(stageName())) {
+          auto label = stage->getAttrOfType<StringAttr>("stage");
+          made.labels.push_back(label ? label.getValue().str() : "stage");
+          made.stages.push_back(stageName());
+        }
         if (needCode && (made.stages.empty() || !symbols.lookup(made.workspaceBytes)))
           return makeError(ErrorCode::INTERNAL, "layer `" + layer.getLayerName() + "`",
                            "stages of the entry `" + function + "`", "none",

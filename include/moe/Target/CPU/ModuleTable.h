@@ -44,6 +44,7 @@ struct CodeEntry {
   int32_t kind = 0;                ///< MOEC_ENTRY_...
   int32_t xType = 0, yType = 0;    ///< MOEC_DT_...
   std::vector<std::string> stages; ///< symbols of the stage functions, in the order of running
+  std::vector<std::string> labels; ///< of the stages, for people: "route", "up", "down"
   std::string workspaceBytes;      ///< symbol of uint64_t (int64_t tokens, slots, lanes)
 };
 
