@@ -1,0 +1,68 @@
+"""The weighing room, small: every process starts, answers rightly, and the result can be drawn."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = Path(os.environ.get("MOE_BUILD_DIR", ROOT / "build"))
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+def test_small_run(tmp_path):
+    run_one = {"shape": "tiny", "H": 64, "F": 32, "E": 4, "K": 2, "routing": "zipf"}
+    run_one |= {"dtype": "bf16", "tokens": [1, 5], "peers": ["moec", "moec-dense", "torch-dense"]}
+    second = run_one | {"dtype": "f32", "routing": "one-expert", "tokens": [3]}
+    second["peers"] = ["moec", "vllm", "hf-eager"]
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps({"blocks": 3, "runs": [run_one, second]}))
+    out = tmp_path / "out.json"
+    environment = dict(os.environ, PYTHONPATH=str(BUILD / "python"))
+    arguments = ["--config", config, "--out", out, "--threads", 1, "--moec", BUILD / "bin/moec"]
+    done = run(ROOT / "benchmarks/run.py", *arguments, env=environment)
+    assert done.returncode == 0, done.stderr
+
+    result = json.loads(out.read_text())
+    assert result["kind"] == "moec-benchmarks" and result["schema"] == 1
+    assert result["machine"]["kind"] == "moec-machine"
+    rows = {(r["dtype"], r["tokens"], r["peer"]): r for r in result["rows"]}
+    for tokens in (1, 5):
+        for peer in run_one["peers"]:
+            ms = rows["bf16", tokens, peer]["ms"]
+            assert 0 < ms["q1"] <= ms["median"] <= ms["q3"]
+        assert "over_moec" in rows["bf16", tokens, "torch-dense"]
+        assert rows["bf16", tokens, "moec"]["error"] < 2e-2
+    assert rows["f32", 3, "moec"]["error"] < 1e-5
+    # What is not there, or not for this dtype, is named.
+    absent = {entry["peer"]: entry for entry in result["absent"]}
+    assert "vllm" in absent and absent["vllm"]["why"]
+
+    pictures = tmp_path / "plots"
+    drawn = run(ROOT / "benchmarks/plots.py", out, "--out", pictures)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "| 5 | moec |" in drawn.stdout
+    for name in ("time", "ratio", "dense"):
+        if name != "ratio":
+            text = (pictures / f"tiny-bf16-zipf-{name}.svg").read_text()
+            assert text.startswith("<svg") and text.rstrip().endswith("</svg>")
+
+
+def test_refusals(tmp_path):
+    done = run(ROOT / "benchmarks/run.py")
+    assert done.returncode == 2 and "expected one of --quick, --full and --config" in done.stderr
+    done = run(ROOT / "benchmarks/run.py", "--quick", "--peers", "best")
+    assert done.returncode == 2 and "but got best" in done.stderr
+    other = tmp_path / "x.json"
+    other.write_text("{}")
+    done = run(ROOT / "benchmarks/plots.py", other, "--out", tmp_path)
+    assert done.returncode == 1 and "expected a result of run.py" in done.stderr
