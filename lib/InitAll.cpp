@@ -11,6 +11,7 @@
 #include "moe/Dialect/MoE/Transforms/BufferizableOpInterfaceImpl.h"
 #include "moe/Dialect/MoE/Transforms/Passes.h"
 #include "moe/Target/CPU/Passes.h"
+#include "moe/Target/GPU/Passes.h"
 
 #include "mlir/IR/DialectRegistry.h"
 #include "mlir/InitAllDialects.h"
@@ -30,5 +31,7 @@ void mlir::moe::registerAllPasses() {
   ::mlir::registerAllPasses();
   registerMoEPasses();
   registerMoECPUPasses();
+  registerMoEGPUPasses();
+  registerMoEGPUPipelines();
   registerMoEToLoopsPasses();
 }

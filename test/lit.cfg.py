@@ -72,5 +72,7 @@ for tool in tools:
     if tool == "moe-opt" and os.environ.get("MOE_ROUND_TRIP") == "1":
         path += " --verify-roundtrip"
     config.substitutions.append((r"(?<![\w/.-])" + tool + r"(?![\w/.-])", path))
+if shutil.which("ptxas"):
+    config.available_features.add("ptxas")
 if shutil.which("objdump"):
     config.available_features.add("objdump")

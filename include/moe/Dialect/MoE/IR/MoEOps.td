@@ -8,6 +8,7 @@
 #ifndef MOE_DIALECT_MOE_IR_MOEOPS_TD
 #define MOE_DIALECT_MOE_IR_MOEOPS_TD
 
+include "moe/Dialect/MoE/IR/MoEGPUAttrs.td"
 include "moe/Dialect/MoE/IR/MoERoutingOps.td"
 include "moe/Dialect/MoE/IR/MoEExpertOps.td"
 include "moe/Dialect/MoE/IR/MoETaskOps.td"

@@ -1,0 +1,35 @@
+//===- Passes.h - passes of the GPU target ----------------------*- C++ -*-===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#ifndef MOE_TARGET_GPU_PASSES_H
+#define MOE_TARGET_GPU_PASSES_H
+
+#include "mlir/Pass/Pass.h"
+
+#include <memory>
+
+namespace mlir {
+class OpPassManager;
+namespace moe {
+
+#define GEN_PASS_DECL
+#include "moe/Target/GPU/Passes.h.inc"
+
+#define GEN_PASS_REGISTRATION
+#include "moe/Target/GPU/Passes.h.inc"
+
+/// Appends the lowering of the kernels (scf, vector, arith in gpu.module) to the LLVM dialect;
+/// NVVM operations stay.
+void buildLowerGPUKernels(OpPassManager &pm);
+
+/// Registers `moe-gpu-lower-kernels`, the pipeline above.
+void registerMoEGPUPipelines();
+
+} // namespace moe
+} // namespace mlir
+
+#endif // MOE_TARGET_GPU_PASSES_H

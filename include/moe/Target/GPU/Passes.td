@@ -1,0 +1,80 @@
+//===- Passes.td - passes of the GPU target ----------------*- tablegen -*-===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#ifndef MOE_TARGET_GPU_PASSES
+#define MOE_TARGET_GPU_PASSES
+
+include "mlir/Pass/PassBase.td"
+
+def MoEGPUAttachTarget : Pass<"moe-gpu-attach-target", "::mlir::ModuleOp"> {
+  let summary = "Mark every entry for a GPU architecture";
+  let description = [{
+    Writes `moe.target = #moe.target<cuda, level = ...>` on every function with a `moe.entry`, and
+    `as bf16` on every matmul whose rows are not rounded yet: tensor cores read bf16, so the rows
+    between the matmuls are rounded too, which the CPU does not do. Functions whose compute type is
+    not bf16, unknown architectures and those that are not built yet are errors.
+  }];
+  let options = [
+    Option<"arch", "arch", "std::string", /*default=*/"\"sm_80\"", "GPU architecture">
+  ];
+  let dependentDialects = ["::mlir::moe::MoEDialect"];
+}
+
+def MoEGPUSelectStrategy : Pass<"moe-gpu-select-strategy", "::mlir::ModuleOp"> {
+  let summary = "Choose the tiles of every matmul on a GPU and write them down";
+  let description = [{
+    Writes `gpu_tiles = [#moe.gpu_tile<...>, ...]` on every `moe.grouped_matmul` of functions with
+    a `cuda` target: for each range of T·K the tile that the cost model finds fastest, by rising
+    `up_to`, the last without a limit. A matmul that has `gpu_tiles` keeps them. Deterministic.
+  }];
+  let dependentDialects = ["::mlir::moe::MoEDialect"];
+}
+
+def MoEGPUEmitKernels : Pass<"moe-gpu-emit-kernels", "::mlir::ModuleOp"> {
+  let summary = "Replace an entry by GPU kernels and the function that launches them";
+  let description = [{
+    A function with a `cuda` target, bufferized and fused, becomes:
+
+    * `gpu.module @<function>_kernels` with one kernel per step: `stage` or `logits` (x rounded to
+      bf16 and padded; partial sums of the logits), `select` (sums, scores, top-k), `sort` (stable
+      counting sort), `up_<i>` and `down_<i>` (grouped matmul, one per tile), `combine`;
+    * `func.func @<function>(%frame: !llvm.ptr)`, which reads the call from a moec_frame and
+      launches them. Grids follow from tokens and slots alone; nothing is read back.
+    * `func.func @<function>_workspace_bytes(tokens, slots, lanes)`.
+
+    What has no GPU code is refused by name, attributes that this pass does not know included.
+  }];
+  let dependentDialects = ["::mlir::LLVM::LLVMDialect", "::mlir::NVVM::NVVMDialect",
+                           "::mlir::arith::ArithDialect", "::mlir::func::FuncDialect",
+                           "::mlir::gpu::GPUDialect", "::mlir::scf::SCFDialect",
+                           "::mlir::vector::VectorDialect"];
+}
+
+def MoEGPULowerHost : Pass<"moe-gpu-lower-host", "::mlir::ModuleOp"> {
+  let summary = "Make launches calls of a launch interface";
+  let description = [{
+    `gpu.launch_func` in functions with a `cuda` target becomes a call through the
+    moec_gpu_launcher that is a new last argument (include/moe/Target/GPU/Launch.h): the kernel's
+    number (in the order of the gpu.module), its name, grid, block, shared memory and the addresses
+    of its arguments.
+  }];
+  let dependentDialects = ["::mlir::LLVM::LLVMDialect"];
+}
+
+def MoEGPUToSimt : Pass<"moe-gpu-to-simt", "::mlir::ModuleOp"> {
+  let summary = "Make kernels run on the SIMT executor";
+  let description = [{
+    For tests without a GPU. Every `gpu.module` is dissolved into functions for the host in which
+    NVVM operations, and accesses of shared and global memory, are calls of the executor
+    (include/moe/Target/GPU/Simt.h). For each kernel a function `<kernel>_simt(void **arguments)`
+    is added. Runs after `moe-gpu-lower-kernels`; an operation that the executor does not know is
+    an error.
+  }];
+  let dependentDialects = ["::mlir::LLVM::LLVMDialect"];
+}
+
+#endif // MOE_TARGET_GPU_PASSES

@@ -1,0 +1,155 @@
+//===- SelectStrategy.cpp - target and tiles of GPU code ------------------===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#include "Layer.h"
+#include "moe/Dialect/MoE/IR/MoEOps.h"
+#include "moe/Target/GPU/Arch.h"
+#include "moe/Target/GPU/Passes.h"
+
+#include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "llvm/Support/MathExtras.h"
+
+#include <cmath>
+
+namespace mlir::moe {
+#define GEN_PASS_DEF_MOEGPUATTACHTARGET
+#define GEN_PASS_DEF_MOEGPUSELECTSTRATEGY
+#include "moe/Target/GPU/Passes.h.inc"
+} // namespace mlir::moe
+
+using namespace mlir;
+using namespace mlir::moe;
+
+static const GPUArch *checkArch(Operation *op, StringRef name) {
+  const GPUArch *arch = findGPUArch(name);
+  if (!arch) {
+    op->emitError("expected a GPU architecture (")
+        << implementedArchNames() << "), but got `" << name << "`";
+    return nullptr;
+  }
+  if (!arch->implemented) {
+    op->emitError("expected a GPU architecture that is built (")
+        << implementedArchNames() << "), but got `" << name << "`: " << arch->refusal;
+    return nullptr;
+  }
+  return arch;
+}
+
+//===----------------------------------------------------------------------===//
+// Target
+//===----------------------------------------------------------------------===//
+
+namespace {
+struct AttachTargetPass : public mlir::moe::impl::MoEGPUAttachTargetBase<AttachTargetPass> {
+  using MoEGPUAttachTargetBase::MoEGPUAttachTargetBase;
+
+  void runOnOperation() override {
+    const GPUArch *found = checkArch(getOperation(), arch);
+    if (!found)
+      return signalPassFailure();
+    Type bf16 = BFloat16Type::get(&getContext());
+    auto target = TargetAttr::get(&getContext(), Device::CUDA, found->name);
+    for (auto func : getOperation().getOps<func::FuncOp>()) {
+      if (!func->hasAttr(MoEDialect::kEntryAttrName))
+        continue;
+      auto compute = func->getAttrOfType<TypeAttr>(MoEDialect::kComputeAttrName);
+      if (!compute || compute.getValue() != bf16) {
+        auto error = func.emitOpError("expected moe.compute = bf16 for a GPU, but got ");
+        compute ? error << compute.getValue() : error << "none";
+        return signalPassFailure();
+      }
+      func->setAttr(MoEDialect::kTargetAttrName, target);
+      func.walk([&](GroupedMatmulOp op) {
+        Type rows = cast<ShapedType>(op.getRows().getType()).getElementType();
+        if (!op.getRowTypeAttr() && rows != bf16)
+          op.setRowTypeAttr(TypeAttr::get(bf16));
+      });
+    }
+  }
+};
+} // namespace
+
+//===----------------------------------------------------------------------===//
+// Cost
+//===----------------------------------------------------------------------===//
+
+/// The tiles that are worth building: few rows, some, many. Weight columns are a wide tile in each,
+/// since a block then reads whole 128-byte lines of several panels; deep steps hide memory where
+/// there is nothing else to do; 128 rows keep the tensor cores busy with two blocks a processor.
+static SmallVector<GPUTileAttr> candidates(MLIRContext *context) {
+  auto tile = [&](int64_t rows, int64_t k, int64_t stages, int64_t warpsRows) {
+    return GPUTileAttr::get(context, /*cols=*/128, rows, k, stages, /*warps_cols=*/4, warpsRows,
+                            GPURaster::Rows, /*up_to=*/0);
+  };
+  return {tile(8, 64, 4, 1), tile(32, 64, 4, 1), tile(128, 32, 4, 2)};
+}
+
+/// Cycles of a grouped matmul of `rows` rows that are spread evenly over the experts. A model that
+/// ranks tiles: what the tensor cores, L2 and memory need, and a fixed part for each tile.
+static double cycles(const GPUArch &arch, WeightType weight, GPUTileAttr tile, double rows) {
+  double experts = weight.getExperts();
+  // How many experts have a row at all.
+  double active = experts * (1 - std::pow(1 - 1 / experts, rows));
+  double rowTiles = active * std::ceil(rows / active / tile.getRows());
+  double colTiles = std::ceil(double(weight.panelCount()) * 32 / tile.getCols());
+  double steps = std::ceil(double(weight.paddedCols()) / tile.getK());
+  double work = double(tile.getCols()) * tile.getRows() * tile.getK();
+  double bytes = double(tile.getWeightBytes() + tile.getRowBytes());
+  double perTile = 3000 + steps * std::max(work / arch.mmaPerCycle, bytes / arch.l2PerCycle);
+  // Several tiles share a processor: they hide each other's waiting, not each other's work.
+  double onChip = std::max(1.0, rowTiles * colTiles / arch.processors) * perTile;
+  double memory =
+      active * weight.panelCount() * weight.panelBytes() / arch.memoryPerCycle / arch.processors;
+  // Where memory decides, a tile with fewer rows still multiplies less.
+  return std::max(onChip, memory) + 0.02 * onChip;
+}
+
+static ArrayAttr chooseTiles(const GPUArch &arch, WeightType weight) {
+  MLIRContext *context = weight.getContext();
+  SmallVector<GPUTileAttr> all = candidates(context);
+  // The best by powers of two; never back to fewer rows.
+  SmallVector<std::pair<unsigned, int64_t>> ranges; // candidate, largest number of rows
+  unsigned least = 0;
+  for (int64_t rows = 1; rows <= (int64_t(1) << 20); rows *= 2) {
+    unsigned best = least;
+    for (unsigned i = least + 1; i < all.size(); ++i)
+      if (cycles(arch, weight, all[i], rows) < cycles(arch, weight, all[best], rows))
+        best = i;
+    least = best;
+    if (ranges.empty() || ranges.back().first != best)
+      ranges.push_back({best, rows});
+    else
+      ranges.back().second = rows;
+  }
+  SmallVector<Attribute> tiles;
+  for (auto [i, range] : llvm::enumerate(ranges)) {
+    GPUTileAttr t = all[range.first];
+    int64_t upTo = i + 1 == ranges.size() ? 0 : range.second;
+    tiles.push_back(GPUTileAttr::get(context, t.getCols(), t.getRows(), t.getK(), t.getStages(),
+                                     t.getWarpsCols(), t.getWarpsRows(), t.getRaster(), upTo));
+  }
+  return ArrayAttr::get(context, tiles);
+}
+
+namespace {
+struct SelectStrategyPass : public mlir::moe::impl::MoEGPUSelectStrategyBase<SelectStrategyPass> {
+  void runOnOperation() override {
+    for (auto func : getOperation().getOps<func::FuncOp>()) {
+      auto target = func->getAttrOfType<TargetAttr>(MoEDialect::kTargetAttrName);
+      if (!target || target.getDevice() != Device::CUDA)
+        continue;
+      const GPUArch *arch = checkArch(func, target.getLevel());
+      if (!arch)
+        return signalPassFailure();
+      func.walk([&](GroupedMatmulOp op) {
+        if (!op->hasAttr(kGPUTilesAttrName))
+          op->setAttr(kGPUTilesAttrName, chooseTiles(*arch, op.getWeightType()));
+      });
+    }
+  }
+};
+} // namespace
