@@ -168,50 +168,54 @@ public:
     if (!located)
       return located.takeError();
     MatrixExtent extent = *located;
-    int64_t item = bitsOf(extent.dtype) / 8;
-    int64_t base = row0; // the row at which the bytes in memory begin
-    if (extent.colStride == 1) {
-      // Rows lie one behind another: only these.
-      uint64_t first = extent.start + row0 * extent.rowStride;
-      uint64_t count = (row1 - row0 - 1) * extent.rowStride + extent.cols;
-      extent.offset += first * item;
-      extent.bytes = count * item;
-      extent.start = 0;
-    } else {
-      base = 0; // transposed: all rows pass through every line, so the matrix stays in memory
-    }
-    std::vector<char> &buffer = base == 0 && extent.colStride != 1 ? matrix : rows;
-    bool held = &buffer == &matrix && heldFile == extent.file && heldOffset == extent.offset &&
-                heldBytes == extent.bytes;
-    if (!held) {
-      if (&buffer == &matrix)
-        heldFile = nullptr;
-      if (llvm::Error error = checkpoint.read(extent, buffer))
-        return std::move(error);
-      if (&buffer == &matrix) {
-        heldFile = extent.file;
-        heldOffset = extent.offset;
-        heldBytes = extent.bytes;
-      }
-    }
     WeightRows out;
     out.tensor = extent.tensor;
+    if (extent.encoding != Encoding::Plain) {
+      if (llvm::Error error = checkpoint.decode(extent, row0, row1, weight.format, bytes, decoded))
+        return std::move(error);
+      out.source.dtype = dtypeNumber(weight.format);
+      out.source.row_stride = extent.cols;
+      out.source.col_stride = 1;
+      out.source.data = behind(decoded, -row0 * extent.cols * int64_t(itemBytes(weight.format)));
+      return out;
+    }
+    int64_t item = bitsOf(extent.dtype) / 8;
     out.source.dtype = extent.dtype == Dtype::F32    ? MOEC_DT_F32
                        : extent.dtype == Dtype::BF16 ? MOEC_DT_BF16
                                                      : MOEC_DT_F16;
     out.source.row_stride = extent.rowStride;
     out.source.col_stride = extent.colStride;
-    out.source.data =
-        reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(buffer.data()) +
-                                       (extent.start - base * extent.rowStride) * item);
+    uint64_t first = extent.offset + (extent.start + row0 * extent.rowStride) * item;
+    if (extent.colStride == 1) {
+      // Rows lie one behind another: only these.
+      extent.offset = first;
+      extent.bytes = ((row1 - row0 - 1) * extent.rowStride + extent.cols) * item;
+      if (llvm::Error error = checkpoint.read(extent, bytes))
+        return std::move(error);
+    } else {
+      // Transposed: these rows are a strip of every line, and an expert may be larger than the
+      // memory that packing may take.
+      int64_t wide = (row1 - row0 - 1) * extent.rowStride + 1;
+      bytes.resize(wide * extent.cols * item);
+      for (int64_t col = 0; col < extent.cols; ++col)
+        if (llvm::Error error = extent.file->file().readAt(
+                first + col * extent.colStride * item,
+                llvm::MutableArrayRef<char>(bytes.data() + col * wide * item, wide * item)))
+          return std::move(error);
+      out.source.col_stride = wide;
+    }
+    out.source.data = behind(bytes, -row0 * extent.rowStride * item);
     return out;
   }
 
 private:
+  /// An address before or behind the buffer's own, as moec_pack wants it.
+  static const void *behind(const std::vector<char> &buffer, int64_t bytes) {
+    return reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(buffer.data()) + bytes);
+  }
+
   const Checkpoint &checkpoint;
-  std::vector<char> rows, matrix;
-  const SafetensorsFile *heldFile = nullptr;
-  uint64_t heldOffset = 0, heldBytes = 0;
+  std::vector<char> bytes, decoded;
 };
 } // namespace
 

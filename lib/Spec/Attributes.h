@@ -59,11 +59,14 @@ MOE_ENUM_NAMES(SharedGate, "none", "sigmoid")
 MOE_ENUM_NAMES(Join, "add", "average")
 MOE_ENUM_NAMES(OutputOp, "none", "bias", "rms_norm")
 MOE_ENUM_NAMES(Arrangement, "per_expert", "stacked")
+MOE_ENUM_NAMES(Encoding, "plain", "fp8", "mxfp4")
 #undef MOE_ENUM_NAMES
 
 /// Calls v(key, field, required) for every attribute. `Spec` is const or not.
 template <typename Spec, typename V> void visitRouter(Spec &r, V &&v) {
   v("input", r.input, false);
+  v("router_x", r.routerX, false);
+  v("input_epsilon", r.inputEpsilon, false);
   v("logit_bias", r.logitBias, false);
   v("precision", r.precision, false);
   v("model_arithmetic", r.modelArithmetic, false);
@@ -126,6 +129,8 @@ llvm::json::Object expertJSON(const ExpertSpec &expert);
 llvm::json::Object combineJSON(const CombineSpec &combine);
 
 class JSONReader;
+/// Reads how the tensor of a source holds the parts of `weight`: all but its name and its scales.
+void readForm(JSONReader &reader, const WeightSpec &weight, WeightSource &source);
 /// Reads attributes that are present; `layer` keeps the rest. `onRead(path)` is called for each.
 using OnRead = std::function<void(const std::string &)>;
 void readRouter(JSONReader &reader, RouterSpec &router, bool demandRequired,

@@ -48,6 +48,7 @@ MOE_NAME(SharedGate)
 MOE_NAME(Join)
 MOE_NAME(OutputOp)
 MOE_NAME(Arrangement)
+MOE_NAME(Encoding)
 #undef MOE_NAME
 
 //===----------------------------------------------------------------------===//
@@ -276,6 +277,7 @@ llvm::Error checkImplemented(const LayerSpec &layer) {
 
   const RouterSpec &r = layer.router;
   check.implemented("router.input", r.input, {RouterInput::Plain});
+  check.implemented("router.router_x", !r.routerX, "`false`", "`true`");
   check.implemented("router.logit_bias", !r.logitBias, "`false`", "`true`");
   check.implemented("router.precision", r.precision, {Precision::F32});
   check.implemented("router.logit_transform", r.logitTransform, {LogitTransform::None});

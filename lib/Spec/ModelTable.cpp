@@ -17,7 +17,12 @@ namespace moec {
 
 const ModelRow *ModelTable::find(llvm::StringRef modelType) const {
   auto it = table.find(modelType.str());
-  return it == table.end() ? nullptr : &it->second;
+  if (it != table.end())
+    return &it->second;
+  for (const auto &[type, row] : table)
+    if (llvm::is_contained(row.aliases, modelType))
+      return &row;
+  return nullptr;
 }
 
 llvm::Error ModelTable::add(llvm::StringRef path, bool replace) {
@@ -43,6 +48,8 @@ llvm::Error ModelTable::add(llvm::StringRef path, bool replace) {
   for (const char *key : {"keys", "layers", "blocks"})
     reader.require(key, "the rules of a row");
   reader.strings("ignored", false);
+  reader.string("composite_root", "");
+  row.aliases = reader.strings("aliases", false);
   reader.finish();
   if (llvm::Error error = doc.take())
     return error;

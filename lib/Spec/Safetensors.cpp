@@ -372,11 +372,15 @@ llvm::Error Checkpoint::missing(llvm::StringRef tensor) const {
 
 namespace {
 
-std::string tensorName(const WeightSource &source, int64_t expert) {
-  std::string out = source.tensor, number = std::to_string(expert);
+std::string numbered(std::string out, int64_t expert) {
+  std::string number = std::to_string(expert);
   for (size_t at = out.find("{e}"); at != std::string::npos; at = out.find("{e}", at))
     out.replace(at, 3, number);
   return out;
+}
+
+std::string tensorName(const WeightSource &source, int64_t expert) {
+  return numbered(source.tensor, expert);
 }
 
 const WeightSource *sourceOf(const WeightSpec &weight, int64_t part) {
@@ -390,11 +394,36 @@ std::vector<int64_t> shapeOf(const WeightSpec &weight, const WeightSource &sourc
   std::vector<int64_t> shape{source.partCount * weight.rows, weight.cols};
   if (source.transposed)
     std::swap(shape[0], shape[1]);
+  if (source.encoding == Encoding::MXFP4)
+    shape = {shape[0], shape[1] / 32, 16};
   if (source.arrangement == Arrangement::Stacked)
     shape.insert(shape.begin(), weight.experts);
   if (isVector(weight.role))
     llvm::erase(shape, 1);
   return shape;
+}
+
+/// Shape of the scales of an encoded source.
+std::vector<int64_t> scalesShapeOf(const WeightSpec &weight, const WeightSource &source) {
+  int64_t rows = source.partCount * weight.rows;
+  std::vector<int64_t> shape{rows, weight.cols / 32};
+  if (source.encoding == Encoding::FP8)
+    shape = {(rows + 127) / 128, (weight.cols + 127) / 128};
+  if (source.arrangement == Arrangement::Stacked)
+    shape.insert(shape.begin(), weight.experts);
+  return shape;
+}
+
+/// Whether a tensor of this dtype can hold values of the encoding, or its scales.
+bool holdsValues(Encoding encoding, Dtype dtype) {
+  if (encoding == Encoding::Plain)
+    return dtype == Dtype::F32 || dtype == Dtype::BF16 || dtype == Dtype::F16;
+  return dtype == (encoding == Encoding::FP8 ? Dtype::F8_E4M3 : Dtype::U8);
+}
+bool holdsScales(Encoding encoding, Dtype dtype) {
+  if (encoding == Encoding::FP8)
+    return dtype == Dtype::F32 || dtype == Dtype::BF16;
+  return dtype == Dtype::U8 || dtype == Dtype::F8_E8M0;
 }
 
 /// Whether a tensor has the shape. Vectors are stored with and without dimensions of 1.
@@ -409,6 +438,9 @@ bool fits(const TensorInfo &tensor, const WeightSpec &weight, const WeightSource
 
 llvm::Error Checkpoint::checkWeight(const WeightSpec &weight, llvm::StringRef config) const {
   for (const WeightSource &source : weight.sources) {
+    if (source.encoding == Encoding::MXFP4 && weight.cols % 32)
+      return makeError(ErrorCode::TENSOR, where + ": tensor `" + source.tensor + "`",
+                       "a multiple of 32 columns in mxfp4", llvm::Twine(weight.cols));
     std::vector<int64_t> shape = shapeOf(weight, source);
     int64_t tensors = source.arrangement == Arrangement::Stacked ? 1 : weight.experts;
     for (int64_t e = 0; e < tensors; ++e) {
@@ -418,14 +450,36 @@ llvm::Error Checkpoint::checkWeight(const WeightSpec &weight, llvm::StringRef co
         return missing(tensor);
       std::string at = p->file->file().path() + ": tensor `" + tensor + "`";
       Dtype dtype = p->info->dtype;
-      if (dtype != Dtype::F32 && dtype != Dtype::BF16 && dtype != Dtype::F16)
-        return makeError(ErrorCode::UNSUPPORTED, at, "dtype F32, BF16 or F16", name(dtype),
-                         "this format of weights is not implemented yet");
+      if (!holdsValues(source.encoding, dtype))
+        return makeError(ErrorCode::UNSUPPORTED, at,
+                         source.encoding == Encoding::Plain ? "dtype F32, BF16 or F16"
+                         : source.encoding == Encoding::FP8 ? "dtype F8_E4M3"
+                                                            : "dtype U8",
+                         name(dtype),
+                         dtype == Dtype::F8_E4M3
+                             ? "fp8 is read where quantization_config says so, in 128x128 blocks"
+                             : "this format of weights is not implemented yet");
       if (!fits(*p->info, weight, source))
         return makeError(ErrorCode::TENSOR, at,
                          "shape " + shapeText(shape) + (config.empty() ? "" : ", as ") + config +
                              (config.empty() ? "" : " demands"),
                          shapeText(p->info->shape));
+      if (source.encoding == Encoding::Plain)
+        continue;
+      std::string scales = numbered(source.scales, e);
+      const Place *s = place(scales);
+      if (!s)
+        return missing(scales);
+      at = s->file->file().path() + ": tensor `" + scales + "`";
+      if (!holdsScales(source.encoding, s->info->dtype))
+        return makeError(ErrorCode::UNSUPPORTED, at,
+                         source.encoding == Encoding::FP8 ? "dtype F32 or BF16" : "dtype U8",
+                         name(s->info->dtype), "this format of scales is not implemented yet");
+      if (s->info->shape != scalesShapeOf(weight, source))
+        return makeError(ErrorCode::TENSOR, at,
+                         "shape " + shapeText(scalesShapeOf(weight, source)) + ", the scales of `" +
+                             tensor + "`",
+                         shapeText(s->info->shape));
     }
   }
   return llvm::Error::success();
@@ -443,7 +497,7 @@ llvm::Expected<MatrixExtent> Checkpoint::locate(const WeightSpec &weight, int64_
   const Place *p = place(out.tensor);
   if (!p)
     return missing(out.tensor);
-  if (!fits(*p->info, weight, *source) || bitsOf(p->info->dtype) < 16)
+  if (!fits(*p->info, weight, *source) || !holdsValues(source->encoding, p->info->dtype))
     return makeError(ErrorCode::TENSOR, p->file->file().path() + ": tensor `" + out.tensor + "`",
                      "shape " + shapeText(shapeOf(weight, *source)), describe(*p->info));
   // Limits keep these products far below 2^63, and the shape above has been checked against the
@@ -455,6 +509,32 @@ llvm::Expected<MatrixExtent> Checkpoint::locate(const WeightSpec &weight, int64_
   int64_t count = storedRows * cols;
   int64_t rowStep = source->interleaved ? parts : 1;
   int64_t firstRow = source->interleaved ? q : q * weight.rows;
+  if (source->encoding != Encoding::Plain) {
+    std::string scales = numbered(source->scales, expert);
+    const Place *s = place(scales);
+    if (!s)
+      return missing(scales);
+    std::vector<int64_t> shape = scalesShapeOf(weight, *source);
+    if (s->info->shape != shape || !holdsScales(source->encoding, s->info->dtype))
+      return makeError(ErrorCode::TENSOR, s->file->file().path() + ": tensor `" + scales + "`",
+                       "shape " + shapeText(shape), describe(*s->info));
+    bool stacked = source->arrangement == Arrangement::Stacked;
+    int64_t index = stacked ? expert : 0, stored = stacked ? weight.experts : 1;
+    out.file = p->file;
+    out.dtype = p->info->dtype;
+    out.bytes = p->info->bytes / stored;
+    out.offset = p->info->offset + out.bytes * index;
+    out.rows = weight.rows;
+    out.cols = cols;
+    out.encoding = source->encoding;
+    out.firstRow = firstRow;
+    out.rowStep = rowStep;
+    out.scalesFile = s->file;
+    out.scalesDtype = s->info->dtype;
+    out.scalesOffset = s->info->offset + s->info->bytes / stored * index;
+    out.scalesCols = shape.back();
+    return out;
+  }
   if (source->transposed) {
     out.start = firstRow;
     out.rowStride = rowStep;

@@ -63,6 +63,25 @@ void readCombine(JSONReader &reader, CombineSpec &combine, const OnRead &onRead)
   visitCombine(combine, AttributeReader{reader, false, onRead});
 }
 
+void readForm(JSONReader &reader, const WeightSpec &weight, WeightSource &source) {
+  source.arrangement = static_cast<Arrangement>(
+      reader.choice("arrangement", namesOf<Arrangement>(), size_t(Arrangement::PerExpert)));
+  source.firstPart = reader.integer("first_part", 0, weight.parts - 1, 0);
+  source.partCount = reader.integer("part_count", 1, weight.parts - source.firstPart, 1);
+  source.transposed = reader.boolean("transposed", false);
+  source.interleaved = reader.boolean("interleaved", false);
+  source.encoding = static_cast<Encoding>(
+      reader.choice("encoding", namesOf<Encoding>(), size_t(Encoding::Plain)));
+  bool plain = source.encoding == Encoding::Plain;
+  if (plain && reader.has("scales"))
+    reader.document().fail(reader.pathOf("scales"), "scales of an encoding", "encoding `plain`");
+  if (!plain)
+    source.scales = reader.string("scales");
+  if (!plain && (source.transposed || isVector(weight.role)))
+    reader.document().fail(reader.pathOf("encoding"), "`plain` for vectors and transposed tensors",
+                           "`" + name(source.encoding) + "`");
+}
+
 //===----------------------------------------------------------------------===//
 // Writing
 //===----------------------------------------------------------------------===//
@@ -124,6 +143,10 @@ llvm::json::Object layerJSON(const LayerSpec &layer, Format dtype, bool origins)
         s["transposed"] = true;
       if (source.interleaved)
         s["interleaved"] = true;
+      if (source.encoding != Encoding::Plain) {
+        s["encoding"] = name(source.encoding);
+        s["scales"] = generalize(source.scales, layer.index);
+      }
       from.push_back(std::move(s));
     }
     if (!from.empty())
@@ -215,12 +238,7 @@ void readIndices(JSONDocument &doc, const std::string &path, const llvm::json::V
 
 void readSource(JSONReader &reader, const WeightSpec &weight, WeightSource &source) {
   source.tensor = reader.string("tensor");
-  source.arrangement = static_cast<Arrangement>(
-      reader.choice("arrangement", namesOf<Arrangement>(), size_t(Arrangement::PerExpert)));
-  source.firstPart = reader.integer("first_part", 0, weight.parts - 1, 0);
-  source.partCount = reader.integer("part_count", 1, weight.parts - source.firstPart, 1);
-  source.transposed = reader.boolean("transposed", false);
-  source.interleaved = reader.boolean("interleaved", false);
+  readForm(reader, weight, source);
   bool numbered = llvm::StringRef(source.tensor).contains("{e}");
   if (weight.experts > 1 && source.arrangement == Arrangement::PerExpert && !numbered)
     reader.document().fail(reader.pathOf("tensor"), "a name with {e} for the expert's number",
@@ -334,7 +352,8 @@ void readLayer(JSONDocument &doc, const llvm::json::Value &value, const std::str
     copy.name = specialize(layer.name, index);
     for (WeightSpec &weight : copy.weights)
       for (WeightSource &source : weight.sources)
-        source.tensor = specialize(source.tensor, index);
+        source.tensor = specialize(source.tensor, index),
+        source.scales = specialize(source.scales, index);
     for (auto &origin : copy.origins)
       origin.second = specialize(origin.second, index);
     spec.layers.push_back(std::move(copy));

@@ -219,7 +219,7 @@ def test_unknown_model_type(model_type, says, tmp_path):
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "fp8", "weight_block_size": [64, 64]},
         {"quant_method": "mxfp4"},
         {"quant_method": "awq"},
         {"format": "pack-quantized"},

@@ -53,6 +53,16 @@ static llvm::Error writeWeight(const LoadedModel &model) {
         llvm::Expected<MatrixExtent> at = model.checkpoint->locate(*w, e, p);
         if (!at)
           return at.takeError();
+        if (at->encoding != Encoding::Plain) {
+          std::vector<char> decoded;
+          if (llvm::Error error =
+                  model.checkpoint->decode(*at, 0, at->rows, w->format, buffer, decoded))
+            return error;
+          toFloat(w->format == Format::F32 ? Dtype::F32 : Dtype::BF16, decoded.data(),
+                  at->rows * at->cols, next);
+          next += at->rows * at->cols;
+          continue;
+        }
         if (llvm::Error error = model.checkpoint->read(*at, buffer))
           return error;
         size_t size = bitsOf(at->dtype) / 8;

@@ -30,9 +30,10 @@ namespace moec {
 
 /// One row of the model table: how to read configurations and checkpoints of a model_type.
 struct ModelRow {
-  std::string modelType;   ///< "mixtral"
-  std::string configClass; ///< "MixtralConfig", whose defaults the row holds
-  std::string file;        ///< where the row was read
+  std::string modelType;            ///< "mixtral"
+  std::string configClass;          ///< "MixtralConfig", whose defaults the row holds
+  std::vector<std::string> aliases; ///< other model_types of the same configuration
+  std::string file;                 ///< where the row was read
   std::shared_ptr<llvm::json::Value> rules;
 };
 
@@ -46,6 +47,7 @@ public:
 
   /// Rows by model_type.
   const std::map<std::string, ModelRow> &rows() const { return table; }
+  /// The row of a model_type or of an alias.
   const ModelRow *find(llvm::StringRef modelType) const;
 
 private:

@@ -81,6 +81,13 @@ enum class SharedGate { None, Sigmoid };
 enum class Join { Add, Average };
 enum class OutputOp { None, Bias, RMSNorm };
 enum class Arrangement { PerExpert, Stacked };
+/// How the elements of a checkpoint tensor are encoded. The encoded ones are decoded to bf16 (to
+/// f32 where f32 is packed) while they are packed.
+enum class Encoding {
+  Plain, ///< f32, bf16 or f16
+  FP8,   ///< e4m3, a scale for each block of 128 x 128
+  MXFP4  ///< e2m1, two to a byte, low nibble first; a power of two for each 32 of a row
+};
 
 llvm::StringRef name(LayerKind);
 llvm::StringRef name(Format);
@@ -109,6 +116,7 @@ llvm::StringRef name(SharedGate);
 llvm::StringRef name(Join);
 llvm::StringRef name(OutputOp);
 llvm::StringRef name(Arrangement);
+llvm::StringRef name(Encoding);
 
 //===----------------------------------------------------------------------===//
 // One layer
@@ -117,7 +125,9 @@ llvm::StringRef name(Arrangement);
 /// How experts and their weights are chosen for a token, in the order of the fields.
 struct RouterSpec {
   RouterInput input = RouterInput::Plain;
-  bool logitBias = false;               ///< logits = W·x + bias[E]
+  bool routerX = false;       ///< the router reads another tensor than the experts (router_x)
+  double inputEpsilon = 1e-6; ///< of the mean square in RouterInput::RMSNorm
+  bool logitBias = false;     ///< logits = W·x + bias[E]
   Precision precision = Precision::F32; ///< compile attribute, not the model's
   ModelArithmetic modelArithmetic = ModelArithmetic::UpcastLogits;
   Precision weightDtype = Precision::Model; ///< dtype of the model's own routing weights
@@ -182,6 +192,11 @@ struct WeightSource {
   int64_t firstPart = 0, partCount = 1;
   bool transposed = false;  ///< the last two dimensions are swapped: [Kin, parts*Nout]
   bool interleaved = false; ///< rows of the parts alternate (gate 0, up 0, gate 1, …)
+  /// FP8: F8_E4M3 of the shape above; `scales` [E, ceil(rows/128), ceil(cols/128)].
+  /// MXFP4: U8 [E, rows, Kin/32, 16]; `scales` U8 [E, rows, Kin/32], exponents with bias 127.
+  /// Not transposed.
+  Encoding encoding = Encoding::Plain;
+  std::string scales; ///< name of the tensor, as `tensor`
 };
 
 /// One logical weight [E][parts][rows][cols] of a layer; rows = Nout, cols = Kin. In this order,

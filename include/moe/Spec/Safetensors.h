@@ -99,6 +99,15 @@ struct MatrixExtent {
   int64_t rows = 0, cols = 0;
   int64_t rowStride = 0, colStride = 0; ///< in elements
   int64_t firstElement = 0; ///< position of the extent's first element in the whole tensor
+
+  /// Encoded (the strides and `start` mean nothing): the extent holds the rows of one expert, and
+  /// row r of this matrix is stored row firstRow + r * rowStep.
+  Encoding encoding = Encoding::Plain;
+  int64_t firstRow = 0, rowStep = 1;
+  const SafetensorsFile *scalesFile = nullptr;
+  Dtype scalesDtype = Dtype::F32;
+  uint64_t scalesOffset = 0; ///< of the expert's first scale
+  int64_t scalesCols = 0;    ///< scales in a row of them
 };
 
 /// The tensors of a checkpoint folder: one .safetensors file, or shards named by
@@ -131,9 +140,16 @@ public:
   llvm::Expected<MatrixExtent> locate(const WeightSpec &weight, int64_t expert, int64_t part) const;
 
   /// E-TENSOR unless every tensor of the weight's sources is there with the shape that the weight
-  /// demands and a dtype that can be read (F32, BF16, F16); E-UNSUPPORTED for other dtypes.
+  /// demands and a dtype that can be read (F32, BF16, F16, or that of its encoding);
+  /// E-UNSUPPORTED for other dtypes.
   /// `config` completes "…, as <config> demands".
   llvm::Error checkWeight(const WeightSpec &weight, llvm::StringRef config) const;
+
+  /// Decodes rows [row0, row1) of an encoded extent into `out`, compact and in `format`. f32 is
+  /// exact for mxfp4 and the product of value and scale in f32 for fp8; bf16 is that, rounded to
+  /// nearest even. `buffer` holds the bytes read.
+  llvm::Error decode(const MatrixExtent &extent, int64_t row0, int64_t row1, Format format,
+                     std::vector<char> &buffer, std::vector<char> &out) const;
 
   /// Reads an extent. `buffer` is resized to extent.bytes.
   llvm::Error read(const MatrixExtent &extent, std::vector<char> &buffer) const;
