@@ -100,6 +100,31 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             head_dim=16,
         ),
     ),
+    "granitemoe": (
+        "granitemoe",
+        dict(
+            hidden_size=40,
+            intermediate_size=33,
+            num_local_experts=9,
+            num_experts_per_tok=3,
+            num_hidden_layers=1,
+        ),
+    ),
+    "jamba": (
+        "jamba",
+        dict(
+            hidden_size=36,
+            intermediate_size=50,
+            num_experts=6,
+            num_experts_per_tok=2,
+            num_hidden_layers=3,
+            expert_layer_period=3,
+            expert_layer_offset=1,
+            attn_layer_period=1,
+            attn_layer_offset=0,
+            hidden_act="gelu_pytorch_tanh",
+        ),
+    ),
     "llama": (
         "llama",
         dict(hidden_size=64, intermediate_size=172, num_hidden_layers=2, head_dim=16),
@@ -135,6 +160,11 @@ class Block:
     def hidden(self) -> int:
         return self.spec["H"]
 
+    @property
+    def router(self) -> torch.nn.Module | None:
+        """transformers' router module, where the block has one."""
+        return getattr(self.module, "gate", None) or getattr(self.module, "router", None)
+
     def reference(self, rounding: str = "none") -> Reference:
         return reference(self.spec, self.weights, rounding)
 
@@ -147,10 +177,10 @@ class Block:
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """transformers' own ids [T,K] and weights [T,K]; for a router it does not have, the exact
         ones."""
-        if not hasattr(self.module, "gate"):
+        if self.router is None:
             exact = self.reference().routing(x)
             return torch.from_numpy(exact.experts).long(), torch.from_numpy(exact.weights).float()
-        _, weights, ids = self.module.gate(x)
+        _, weights, ids = self.router(x)
         return ids, weights
 
     @torch.no_grad()
@@ -214,15 +244,16 @@ def scale_weights(model: torch.nn.Module, seed: int) -> None:
 
 
 def blocks_of(model: torch.nn.Module) -> list[Block]:
-    """Every feed-forward block of a mixtral, olmoe, qwen3_moe or llama model, with its formula as
-    the paper has it.
+    """Every feed-forward block of a mixtral, olmoe, qwen3_moe, granitemoe, jamba or llama model,
+    with its formula as the paper has it.
 
     The formula is stated here by hand for each row; it is not read from the compiler's model table.
     """
     config, blocks = model.config, []
     act = _ACTS[config.hidden_act]
     for index, layer in enumerate(model.model.layers):
-        mlp, name = layer.mlp, f"model.layers.{index}.mlp"
+        child = next(c for c in ("mlp", "feed_forward", "block_sparse_moe") if hasattr(layer, c))
+        mlp, name = getattr(layer, child), f"model.layers.{index}.{child}"
         if not hasattr(mlp, "experts"):
             gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
             spec = {
@@ -234,18 +265,20 @@ def blocks_of(model: torch.nn.Module) -> list[Block]:
             weights = {"gate_up": gate_up, "down": mlp.down_proj.weight}
             blocks.append(Block(name, index, "dense", mlp, spec, weights))
             continue
-        renorm = True if config.model_type == "mixtral" else config.norm_topk_prob
+        renorm = config.model_type == "mixtral" or getattr(config, "norm_topk_prob", False)
+        granite = config.model_type == "granitemoe"
+        order = "select_then_score" if granite else "score_then_select"
         spec = {
             "kind": "moe",
             "H": config.hidden_size,
             "F": mlp.experts.down_proj.shape[2],
             "E": mlp.experts.down_proj.shape[0],
             "K": config.num_experts_per_tok,
-            "router": {"renormalize": "sum" if renorm else "none"},
+            "router": {"renormalize": "sum" if renorm else "none", "order": order},
             "expert": {"activation": act},
         }
         weights = {
-            "router": mlp.gate.weight,
+            "router": (mlp.gate if hasattr(mlp, "gate") else mlp.router).weight,
             "gate_up": mlp.experts.gate_up_proj,
             "down": mlp.experts.down_proj,
         }
@@ -547,7 +580,7 @@ def check_layer(layer: Any, block: Block, x: torch.Tensor, dtype: str, what: str
 
     # The whole layer, where the choice is not within rounding.
     keep, clear = clear, torch.from_numpy(clear)
-    if dtype == "f32" and hasattr(block.module, "gate"):
+    if dtype == "f32" and block.router is not None:
         own = block(x)
     else:  # transformers rounds its logits to bf16 and chooses others: it gets the exact choice
         ids, weights = torch.from_numpy(exact.experts), torch.from_numpy(exact.weights)
