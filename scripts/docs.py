@@ -4,10 +4,12 @@
 docs/generated/dialect.md   from the .td files, by mlir-tblgen -gen-dialect-doc
 docs/generated/passes.md    from every Passes.td, by mlir-tblgen -gen-pass-doc
 docs/generated/options.md   moec --help of every command
+docs/generated/models.md    from the rows of share/moec/models
 docs/errors.md              from include/moec/errors.def
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -100,6 +102,99 @@ def errors_page():
     return "\n".join(lines).rstrip() + "\n"
 
 
+def models_page():
+    """What each row of the model table says: attributes, layers, where its tensors may lie."""
+
+    def value(v):
+        if not isinstance(v, dict):
+            return f"`{json.dumps(v)}`".replace('"', "")
+        if "key" in v:
+            return f"`{v['key']}`"
+        if "product" in v:
+            return " · ".join(map(value, v["product"]))
+        return f"{value(v['then'])} if {condition(v['if'])}, else {value(v['else'])}"
+
+    def condition(c):
+        if "all" in c or "any" in c:
+            word = "all" if "all" in c else "any"
+            return {"all": " and ", "any": " or "}[word].join(f"({condition(x)})" for x in c[word])
+        if "not" in c:
+            return f"not ({condition(c['not'])})"
+        if "layer_in" in c:
+            return f"i in `{c['layer_in']}`"
+        if "layer_multiple_of" in c:
+            return f"(i + {c.get('plus', 0)}) mod `{c['layer_multiple_of']}` = 0"
+        if "layer_modulo" in c:
+            return f"i mod `{c['layer_modulo']}` = `{c['is']}`"
+        if "layer_from" in c:
+            return f"i ≥ `{c['layer_from']}`"
+        if "layer_to" in c:
+            return f"i ≤ `{c['layer_to']}`"
+        if "equals" in c:
+            return f"`{c['key']}` = {json.dumps(c['equals'])}"
+        return f"`{c['key']}`" + (f" > {c['above']}" if "above" in c else "")
+
+    def source(s):
+        words = [w for w in ("transposed", "interleaved") if s.get(w)]
+        words += [s["encoding"]] if "encoding" in s else []
+        words += ["all experts"] if s.get("arrangement") == "stacked" else []
+        return f"`{s['tensor']}`" + (f" ({', '.join(words)})" if words else "")
+
+    rows = [json.loads(p.read_text()) for p in sorted((ROOT / "share/moec/models").glob("*.json"))]
+    lines = [NOTE, "# Models", "", "Source: `share/moec/models`.", ""]
+    lines += [
+        "One section for each row of the model table: which configuration keys it reads, with the",
+        "class defaults that a missing key takes, and what its layers are. i is the number of the",
+        "decoder layer, in names {i}, and {e} the expert's. `moec inspect` shows all of it for one",
+        "model, with the origin of each value; what cannot be compiled yet is refused by name",
+        "(`E-UNSUPPORTED`) when the model is compiled.",
+        "",
+        "How a row is checked: `test/python/test_spec_models.py` compares its defaults with the",
+        "transformers class, its layers with the module tree, and every weight it finds in files",
+        "written by `save_pretrained`, whole, in shards and fused as in memory, with the modules'",
+        "tensors. Results are compared with the transformers block and a float64 reference for the",
+        "rows in `ROWS` of `test/python/oracle.py`.",
+        "",
+        "Every matrix may be stored as f32, bf16, f16, or fp8 (e4m3) with a `weight_scale_inv` for",
+        "each block of 128 x 128 where `quantization_config` says so; mxfp4 where a form below",
+        "says so. Both are decoded to bf16 while packing (to f32 with `--dtype f32`). Other",
+        "quantizations are refused by name and format.",
+        "",
+    ]
+    for row in rows:
+        names = ", ".join(f"`{n}`" for n in row.get("aliases", []))
+        lines += [f"## {row['model_type']}", ""]
+        also = f" Also read: {names}." if names else ""
+        lines += [f"Configuration class `{row['config_class']}`.{also}", ""]
+        lines += ["| key | default | other spellings |", "| --- | --- | --- |"]
+        for key, rule in row["keys"].items():
+            other = ", ".join(f"`{n}`" for n in rule.get("spellings", []))
+            default = json.dumps(rule["default"]) if "default" in rule else "required"
+            lines.append(f"| `{key}` | {default} | {other} |")
+        lines.append("")
+        for block in row["blocks"]:
+            kind = {"moe": "MoE layer", "dense": "Dense layer"}[block["kind"]]
+            when = f", where {condition(block['when'])}" if "when" in block else ""
+            lines += [f"{kind} `{block['module']}`{when}:", ""]
+            lines += ["| attribute | value |", "| --- | --- |"]
+            lines += [f"| {k} | {value(block[k])} |" for k in "HFEK" if k in block]
+            for group in ("router", "expert", "combine"):
+                for key, v in block.get(group, {}).items():
+                    lines.append(f"| {group}.{key} | {value(v)} |")
+            lines += [
+                "",
+                "| weight | tensors, below "
+                + " or ".join(f"`{p}`" for p in block["prefixes"])
+                + " |",
+                "| --- | --- |",
+            ]
+            for role, forms in block["weights"].items():
+                text = "; or ".join(", ".join(map(source, form)) for form in forms)
+                lines.append(f"| {role} | {text} |")
+            lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def options_page(build):
     driver = build / "bin/moec"
     if not driver.exists():
@@ -127,6 +222,7 @@ def main():
         "docs/generated/dialect.md": dialect_page(),
         "docs/generated/passes.md": passes_page(),
         "docs/generated/options.md": options_page(arguments.build),
+        "docs/generated/models.md": models_page(),
         "docs/errors.md": errors_page(),
     }
     stale = []

@@ -481,6 +481,96 @@ def test_composite_configuration(tmp_path):
     refused("E-CONFIG", tmp_path / "m", says="text_config.num_local_experts")
 
 
+@pytest.mark.parametrize("row", ["qwen3_5_moe_text", "llama4_text", "gemma4_text"])
+def test_composite_models(row, tmp_path):
+    """The families that ship as a text model inside another: the layers' names are those of
+    transformers' composite class, with and without a model_type of the text model's own."""
+    outer = row.removesuffix("_text")
+    text = transformers.AutoConfig.for_model(row, **(ATTENTION | CASES[row])).to_dict()
+    config = transformers.AutoConfig.for_model(outer, text_config=text)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    modules = dict(model.named_modules())
+    for drop in (None, "model_type"):
+        text.pop(drop, None)
+        layers = load(config_file(tmp_path, model_type=outer, text_config=text))["layers"]
+        assert len(layers) >= 2
+        assert all(layer["name"] in modules for layer in layers)
+
+
+def test_aliases(tmp_path):
+    """Kimi-K2 says kimi_k2 and is a deepseek_v3."""
+    keys = dict(CASES["deepseek_v3"], n_group=1, topk_group=1)
+    kimi = load(config_file(tmp_path, model_type="kimi_k2", **keys))
+    deepseek = load(config_file(tmp_path, model_type="deepseek_v3", **keys))
+    assert kimi["layers"] == deepseek["layers"]
+    router = kimi["spec"]["layers"][-1]["router"]
+    assert (router["score"], router["selection_bias"]) == ("sigmoid", "score")
+    assert router["scale_value"] == 2.5 and router["epsilon"] == 1e-20
+
+
+def test_values_for_each_layer(tmp_path):
+    keys = dict(CASES["hunyuan_v1_moe"], num_experts=[4, 6], moe_topk=[1, 3])
+    layers = load(config_file(tmp_path, model_type="hunyuan_v1_moe", **keys))["layers"]
+    sizes = [(layer["semantics"]["E"], layer["semantics"]["K"]) for layer in layers]
+    assert sizes == [(4, 1), (6, 3)]
+    keys["moe_topk"] = [1]
+    path = config_file(tmp_path, model_type="hunyuan_v1_moe", **keys)
+    refused("E-CONFIG", path, says=("moe_topk", "every layer"))
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "says"),
+    [
+        ("deepseek_v3", {"scoring_func": "softmax"}, ("scoring_func", "sigmoid", "softmax")),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, ("topk_method", "greedy")),
+        ("deepseek_v2", {"mlp_bias": True}, ("mlp_bias",)),
+        ("ernie4_5_moe", {"use_bias": True}, ("use_bias",)),
+        ("phimoe", {"num_experts_per_tok": 3}, ("num_experts_per_tok", "2")),
+        ("gemma4_text", {"use_double_wide_mlp": True}, ("use_double_wide_mlp",)),
+    ],
+)
+def test_values_a_family_does_not_have(row, keys, says, tmp_path):
+    path = config_file(tmp_path, model_type=row, **(CASES[row] | keys))
+    refused("E-UNSUPPORTED", path, says=says)
+
+
+def test_null_where_a_value_is_needed(tmp_path):
+    path = config_file(tmp_path, model_type="deepseek_v2", num_experts_per_tok=None)
+    refused("E-CONFIG", path, says="num_experts_per_tok")
+    path = config_file(tmp_path, model_type="gemma4_text", enable_moe_block=True)
+    refused("E-CONFIG", path, says="class default is null")
+    layers = load(config_file(tmp_path, model_type="gemma4_text"))["layers"]
+    assert {layer["semantics"]["kind"] for layer in layers} == {"dense"}
+
+
+def layer_kinds(row: str, folder: Path, **keys) -> list[str]:
+    """Kinds of all layers, as in transformers' modules; asserted to be ours as well."""
+    config = transformers.AutoConfig.for_model(row, **(ATTENTION | CASES[row] | keys))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    want = []
+    for layer in model.model.layers:
+        block = child(layer, "mlp", "feed_forward")
+        want.append("moe" if hasattr(block, "experts") else "dense")
+    out = load(config_file(folder, model_type=row, **(CASES[row] | keys)))
+    assert [layer["semantics"]["kind"] for layer in out["layers"]] == want
+    return want
+
+
+def test_layer_rules(tmp_path):
+    for keys in ({}, {"expert_layer_offset": 0}, {"expert_layer_period": 4}, {"num_experts": 1}):
+        layer_kinds("jamba", tmp_path, **keys)
+    for keys in ({}, {"moe_layer_end_index": -1}, {"moe_layer_start_index": 3}):
+        assert "moe" in layer_kinds("ernie4_5_moe", tmp_path, **keys)
+    for keys in ({}, {"moe_layers": [0, 3]}, {"moe_layers": []}, {"interleave_moe_layer_step": 3}):
+        layer_kinds("llama4_text", tmp_path, **keys)
+    for first in (0, 1, 4):
+        layer_kinds("deepseek_v3", tmp_path, first_k_dense_replace=first)
+    for first in (0, 2):
+        layer_kinds("lfm2_moe", tmp_path, num_dense_layers=first)
+
+
 def test_dtype_on_the_command_line(tmp_path):
     model = make("mixtral", torch.bfloat16)
     state = {

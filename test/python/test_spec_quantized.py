@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import moec_command
 from safetensors.torch import load_file, save_file
 from spec_tool import load, refused, weight
 from test_spec_models import check_weights, make
@@ -203,3 +204,54 @@ def test_other_quantizations_are_refused_by_name(quantization, says, tmp_path):
     make("minimax_m2").save_pretrained(tmp_path / "m")
     set_config(tmp_path / "m", quantization_config=quantization)
     refused("E-UNSUPPORTED", tmp_path / "m", says=("quantization_config", *says))
+
+
+def packed(source: Path, out: Path, *options: object) -> bytes:
+    """The bytes of the packed weights of a compiled model."""
+    options = ("--cpu", "x86-64-v3", "--quiet", "--name", "m", *options)
+    moec_command("compile", source, "-o", out, *options)
+    return b"".join(file.read_bytes() for file in sorted((out / "weights").iterdir()))
+
+
+def test_packing_fp8(tmp_path):
+    """Packed in pieces as they are decoded: the same file as from the decoded checkpoint."""
+    model = fp8_checkpoint("mixtral", tmp_path / "a", torch.float32, hidden_size=272)
+    model.save_pretrained(tmp_path / "b")
+    a, b = packed(tmp_path / "a", tmp_path / "a.moec"), packed(tmp_path / "b", tmp_path / "b.moec")
+    assert a == b and len(a) > 8192
+
+
+def test_packing_mxfp4_and_transposed(tmp_path):
+    """The same weights in mxfp4, as plain rows and transposed, parts alternating, give one file."""
+    random = np.random.default_rng(8)
+    e, h, f = 3, 64, 96
+    stored, plain = {}, {"router": torch.randn(e, h).bfloat16()}
+    for name, rows, cols in (("gate_up", 2 * f, h), ("down", h, f)):
+        blocks = random.integers(0, 256, (e, rows, cols // 32, 16), np.uint8)
+        scales = random.integers(110, 130, (e, rows, cols // 32), np.uint8)
+        stored |= {f"{name}_blocks": torch.from_numpy(blocks)}
+        stored |= {f"{name}_scales": torch.from_numpy(scales)}
+        plain[name] = torch.from_numpy(mxfp4_decode(blocks, scales)).bfloat16()
+    turned = {k: v.mT.contiguous() if v.ndim == 3 else v for k, v in plain.items()}
+    stored["router"] = plain["router"]
+    files = []
+    for name, state in (("mxfp4", stored), ("plain", plain), ("transposed", turned)):
+        weights = {"router": {"from": [{"tensor": "router"}]}}
+        for role in ("gate_up", "down"):
+            at = {"tensor": role, "arrangement": "stacked"}
+            if name == "mxfp4":
+                at |= {"tensor": f"{role}_blocks", "scales": f"{role}_scales", "encoding": name}
+            if role == "gate_up":
+                at |= {"part_count": 2, "interleaved": True}
+            at["transposed"] = name == "transposed"
+            weights[role] = {"from": [at]}
+        router = {"score": "softmax", "order": "score_then_select", "renormalize": "sum"}
+        layer = {"index": 0, "name": "model.layers.{i}.mlp", "H": h, "F": f, "E": e, "K": 2}
+        layer |= {"router": router, "expert": {"form": "glu", "activation": "silu"}}
+        spec = {"schema": 1, "name": "m", "dtype": "bf16", "layers": [layer | {"weights": weights}]}
+        path = tmp_path / f"{name}.moe.json"
+        path.write_text(json.dumps(spec))
+        save_file(state, tmp_path / f"{name}.safetensors")
+        checkpoint = tmp_path / f"{name}.safetensors"
+        files.append(packed(path, tmp_path / f"{name}.moec", "--checkpoint", checkpoint))
+    assert files[0] == files[1] == files[2]
