@@ -99,13 +99,25 @@ def _as_arguments(options: Sequence[str] | Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def run_driver(command: Sequence[str], progress: bool | TextIO | None = None) -> None:
-    """Runs the driver to its end; its error becomes a moec.Error."""
+def ask_driver(*arguments: str) -> str:
+    """What a quick command of the driver (`inspect`) prints; its error becomes a moec.Error."""
+    with tempfile.TemporaryFile("w+") as answer:
+        run_driver([find_compiler(), *arguments, "--log", "json"], False, answer)
+        answer.seek(0)
+        return answer.read()
+
+
+def run_driver(
+    command: Sequence[str],
+    progress: bool | TextIO | None = None,
+    answer: TextIO | int = subprocess.DEVNULL,
+) -> None:
+    """Runs the driver to its end; its error becomes a moec.Error. answer: where its stdout goes."""
     try:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=answer,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",

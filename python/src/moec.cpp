@@ -210,6 +210,9 @@ NB_MODULE(_moec, m) {
       .def_prop_ro(
           "layers", [](std::shared_ptr<Library> library) { return Layers{library}; },
           "The layers in model order.")
+      .def_ro("changed", &Library::changed, "Whether a weight was set from memory.")
+      .def_prop_ro(
+          "arguments", [](const Library &l) { return l.arguments; }, "What moec.load was given.")
       .def_prop_ro("path", [](const Library &l) { return l.arguments["dir"]; })
       .def("__len__", &Library::count)
       .def("__repr__",
