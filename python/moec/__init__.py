@@ -15,10 +15,11 @@ from moec.errors import Error
 from moec.reference import reference
 
 __version__ = "0.1.0"
-__all__ = ["Error", "Layer", "Library", "Pool", "Serial", "compile", "load", "reference"]
+__all__ = ["Error", "Layer", "Library", "Pool", "Serial", "compile", "load", "reference", "trace"]
 
 _LAZY = {
     "load": "moec.library",
+    "trace": "moec.tracing",
     "compile": "moec.compiler",
     "Library": "moec._moec",
     "Layer": "moec._moec",

@@ -12,7 +12,7 @@ import torch
 from moec import _live, torch_op
 from moec._live import Live, take_layer
 from moec._memory import available_bytes, size_text
-from moec._semantics import block_spec, experts_spec, layer_of, refuse
+from moec._semantics import block_spec, check_class, experts_spec, layer_of, refuse
 from moec._views import experts_weights, unpack, watched
 from moec.errors import Error
 
@@ -173,6 +173,7 @@ def _plan(
 ) -> _Plan:
     from moec.transformers import _index_of
 
+    check_class(experts)
     plan = _Plan(name, model.get_submodule(name), experts)
     down = _live.check_tensor(f"{name}.experts.down_proj", experts._parameters.get("down_proj"))
     dtype = _live.DTYPES[down.dtype]

@@ -69,6 +69,14 @@ def _expand(layer: dict[str, Any]) -> list[dict[str, Any]]:
 def check_class(experts: Any) -> None:
     """Refuses experts that are not transformers' own class for their configuration."""
     where = type(experts).__qualname__
+    if getattr(experts, "parametrizations", None):
+        names = ", ".join(experts.parametrizations)
+        refuse(
+            where,
+            "plain parameters",
+            f"parametrized ones ({names}), as LoRA makes them",
+            "merge the adapter first",
+        )
     module, config = type(experts).__module__, type(experts.config).__module__
     if not module.startswith("transformers.models.") or (
         module.rpartition(".")[0] != config.rpartition(".")[0]
@@ -81,14 +89,6 @@ def check_class(experts: Any) -> None:
         )
     if experts._is_expert_parallel:
         refuse(where, "all experts in this process", "experts distributed over processes")
-    if getattr(experts, "parametrizations", None):
-        names = ", ".join(experts.parametrizations)
-        refuse(
-            where,
-            "plain parameters",
-            f"parametrized ones ({names}), as LoRA makes them",
-            "merge the adapter first",
-        )
     if experts.has_post_expert_norm:
         refuse(where, "experts without a norm of their own", "experts with one")
 

@@ -31,7 +31,7 @@ from transformers.integrations.moe import ExpertsInterface
 from moec import _live, torch_op
 from moec._accelerate import Report, accelerate, restore
 from moec._live import Live, take_layer
-from moec._semantics import experts_spec, layer_of, refuse
+from moec._semantics import check_class, experts_spec, layer_of, refuse
 from moec._views import experts_weights, watched
 
 __all__ = ["Report", "accelerate", "prepare", "refresh", "restore", "torch_executor", "use_threads"]
@@ -89,6 +89,7 @@ def _make_live(experts: torch.nn.Module) -> Live:
         if "_moec_path" not in experts.__dict__:
             _name_modules()
         path = experts.__dict__.get("_moec_path")
+        check_class(experts)
         down = _live.check_tensor("down_proj", experts._parameters.get("down_proj"))
         layer = layer_of(experts, _index_of(path))
         spec = experts_spec(layer, _live.DTYPES[down.dtype])
@@ -113,7 +114,7 @@ def _index_of(path: str | None) -> int | None:
 
 def _name_modules() -> None:
     """Tells all experts of all models where they are: a module does not know its own name."""
-    for model in [o for o in gc.get_objects() if isinstance(o, PreTrainedModel)]:
+    for model in [o for o in gc.get_objects() if issubclass(type(o), PreTrainedModel)]:
         name_experts(model)
 
 
@@ -148,9 +149,10 @@ def refresh(model: torch.nn.Module) -> None:
     """Packs all weights again at the next call: after writes that torch does not count, such as
     through `parameter.data` or NumPy."""
     for module in model.modules():
-        live = module.__dict__.get("_moec_live")
-        if live is not None:
-            live.refresh()
+        plan = module.__dict__.get("_moec_block")
+        for live in (module.__dict__.get("_moec_live"), plan and plan.live):
+            if live is not None:
+                live.refresh()
 
 
 def use_threads(threads: Any) -> None:

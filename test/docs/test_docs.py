@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("MOE_BUILD_DIR", ROOT / "build"))
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
-PAGES = ["tutorial.md", "abi.md"]
+PAGES = ["tutorial.md", "transformers.md", "abi.md"]
 
 
 @pytest.fixture(scope="module")
