@@ -4,8 +4,6 @@ import dataclasses
 
 import numpy as np
 
-ROUTE = "moe.router ins(%x, %wg : tensor<?x{H}xbf16>, !moe.weight<1x1x{E}x{H}x{R}, panel32>)"
-
 
 @dataclasses.dataclass
 class Layer:
@@ -19,6 +17,8 @@ class Layer:
     scale: float = 1.0
     activation: str = "silu"
     router_type: str = "bf16"
+    x: str = "bf16"  # types of x and y
+    y: str = "bf16"
     seed: int = 0
 
     def __post_init__(self):
@@ -30,12 +30,13 @@ class Layer:
     def text(self):
         """All entries of the layer: f0, r0, e0 and, for one expert, d0."""
         names = dict(H=self.H, F=self.F, E=self.E, K=self.K, E1=self.E + 1, R=self.router_type)
+        names.update(X=self.x, Y=self.y)
         router = f"#moe.router<score = {self.score}, order = {self.order}, top_k = {self.K}"
         if self.renormalize != "none":
             router += f", renormalize = {self.renormalize}"
         if self.scale != 1.0:
             router += f", scale = {self.scale!r}"
-        names["router"] = router + ">"
+        names["router"] = router + ">" + (" compute = bf16" if self.x == "f32" else "")
         names["expert"] = f"#moe.expert<form = glu, activation = {self.activation}>"
         text = TEXT + (DENSE if self.E == 1 else "")
         for name, value in names.items():
@@ -44,19 +45,19 @@ class Layer:
 
 
 TEXT = """
-func.func @f0(%x: tensor<?x{H}xbf16> {moe.arg = "x"}, %y: tensor<?x{H}xbf16> {moe.arg = "y"},
+func.func @f0(%x: tensor<?x{H}x{X}> {moe.arg = "x"}, %y: tensor<?x{H}x{Y}> {moe.arg = "y"},
     %w0: tensor<?x{K}xf32> {moe.arg = "weights"}, %e0: tensor<?x{K}xi32> {moe.arg = "experts"},
     %acc: i1 {moe.arg = "accumulate"},
     %wg: !moe.weight<1x1x{E}x{H}x{R}, panel32> {moe.arg = "weight", moe.weight_index = 0 : i64},
     %w1: !moe.weight<{E}x2x{F}x{H}xbf16, panel32> {moe.arg = "weight", moe.weight_index = 1 : i64},
     %w2: !moe.weight<{E}x1x{H}x{F}xbf16, panel32> {moe.arg = "weight", moe.weight_index = 2 : i64})
-    -> (tensor<?x{H}xbf16>, tensor<?x{K}xf32>, tensor<?x{K}xi32>)
+    -> (tensor<?x{H}x{Y}>, tensor<?x{K}xf32>, tensor<?x{K}xi32>)
     attributes {moe.compute = bf16, moe.entry = "forward"} {
   %k = arith.constant {K} : index
   %c0 = arith.constant 0 : index
-  %t = tensor.dim %x, %c0 : tensor<?x{H}xbf16>
+  %t = tensor.dim %x, %c0 : tensor<?x{H}x{X}>
   %n = arith.muli %t, %k : index
-  %w, %e = moe.router ins(%x, %wg : tensor<?x{H}xbf16>, !moe.weight<1x1x{E}x{H}x{R}, panel32>)
+  %w, %e = moe.router ins(%x, %wg : tensor<?x{H}x{X}>, !moe.weight<1x1x{E}x{H}x{R}, panel32>)
       outs(%w0, %e0 : tensor<?x{K}xf32>, tensor<?x{K}xi32>) {router}
       -> tensor<?x{K}xf32>, tensor<?x{K}xi32>
   %o0 = tensor.empty() : tensor<{E1}xi32>
@@ -64,62 +65,62 @@ func.func @f0(%x: tensor<?x{H}xbf16> {moe.arg = "x"}, %y: tensor<?x{H}xbf16> {mo
   %off, %pair = moe.dispatch ins(%e : tensor<?x{K}xi32>) experts = {E}
       outs(%o0, %p0 : tensor<{E1}xi32>, tensor<?xi32>) -> tensor<{E1}xi32>, tensor<?xi32>
   %r0 = tensor.empty(%n) : tensor<?x{H}xbf16>
-  %r = moe.experts ins(%x, %off, %pair, %w1, %w2 : tensor<?x{H}xbf16>, tensor<{E1}xi32>,
+  %r = moe.experts ins(%x, %off, %pair, %w1, %w2 : tensor<?x{H}x{X}>, tensor<{E1}xi32>,
       tensor<?xi32>, !moe.weight<{E}x2x{F}x{H}xbf16, panel32>,
       !moe.weight<{E}x1x{H}x{F}xbf16, panel32>) slots %k outs(%r0 : tensor<?x{H}xbf16>)
       {expert} -> tensor<?x{H}xbf16>
   %z = moe.combine ins(%r, %off : tensor<?x{H}xbf16>, tensor<{E1}xi32>)
       via(%pair, %w slots %k : tensor<?xi32>, tensor<?x{K}xf32>) accumulate %acc
-      outs(%y : tensor<?x{H}xbf16>) #moe.combine -> tensor<?x{H}xbf16>
-  return %z, %w, %e : tensor<?x{H}xbf16>, tensor<?x{K}xf32>, tensor<?x{K}xi32>
+      outs(%y : tensor<?x{H}x{Y}>) #moe.combine -> tensor<?x{H}x{Y}>
+  return %z, %w, %e : tensor<?x{H}x{Y}>, tensor<?x{K}xf32>, tensor<?x{K}xi32>
 }
-func.func @r0(%x: tensor<?x{H}xbf16> {moe.arg = "x"}, %w0: tensor<?x{K}xf32> {moe.arg = "weights"},
+func.func @r0(%x: tensor<?x{H}x{X}> {moe.arg = "x"}, %w0: tensor<?x{K}xf32> {moe.arg = "weights"},
     %e0: tensor<?x{K}xi32> {moe.arg = "experts"}, %l0: tensor<?x{E}xf32> {moe.arg = "logits"},
     %wg: !moe.weight<1x1x{E}x{H}x{R}, panel32> {moe.arg = "weight", moe.weight_index = 0 : i64})
     -> (tensor<?x{K}xf32>, tensor<?x{K}xi32>, tensor<?x{E}xf32>)
     attributes {moe.compute = bf16, moe.entry = "route"} {
-  %w, %e, %l = moe.router ins(%x, %wg : tensor<?x{H}xbf16>, !moe.weight<1x1x{E}x{H}x{R}, panel32>)
+  %w, %e, %l = moe.router ins(%x, %wg : tensor<?x{H}x{X}>, !moe.weight<1x1x{E}x{H}x{R}, panel32>)
       outs(%w0, %e0, %l0 : tensor<?x{K}xf32>, tensor<?x{K}xi32>, tensor<?x{E}xf32>) {router}
       -> tensor<?x{K}xf32>, tensor<?x{K}xi32>, tensor<?x{E}xf32>
   return %w, %e, %l : tensor<?x{K}xf32>, tensor<?x{K}xi32>, tensor<?x{E}xf32>
 }
-func.func @e0(%x: tensor<?x{H}xbf16> {moe.arg = "x"}, %y: tensor<?x{H}xbf16> {moe.arg = "y"},
+func.func @e0(%x: tensor<?x{H}x{X}> {moe.arg = "x"}, %y: tensor<?x{H}x{Y}> {moe.arg = "y"},
     %w: tensor<?x?xf32> {moe.arg = "weights"}, %e: tensor<?x?xi32> {moe.arg = "experts"},
     %acc: i1 {moe.arg = "accumulate"},
     %w1: !moe.weight<{E}x2x{F}x{H}xbf16, panel32> {moe.arg = "weight", moe.weight_index = 1 : i64},
     %w2: !moe.weight<{E}x1x{H}x{F}xbf16, panel32> {moe.arg = "weight", moe.weight_index = 2 : i64})
-    -> tensor<?x{H}xbf16> attributes {moe.compute = bf16, moe.entry = "experts"} {
+    -> tensor<?x{H}x{Y}> attributes {moe.compute = bf16, moe.entry = "experts"} {
   %c1 = arith.constant 1 : index
   %k = tensor.dim %e, %c1 : tensor<?x?xi32>
   %c0 = arith.constant 0 : index
-  %t = tensor.dim %x, %c0 : tensor<?x{H}xbf16>
+  %t = tensor.dim %x, %c0 : tensor<?x{H}x{X}>
   %n = arith.muli %t, %k : index
   %o0 = tensor.empty() : tensor<{E1}xi32>
   %p0 = tensor.empty(%n) : tensor<?xi32>
   %off, %pair = moe.dispatch ins(%e : tensor<?x?xi32>) experts = {E}
       outs(%o0, %p0 : tensor<{E1}xi32>, tensor<?xi32>) -> tensor<{E1}xi32>, tensor<?xi32>
   %r0 = tensor.empty(%n) : tensor<?x{H}xbf16>
-  %r = moe.experts ins(%x, %off, %pair, %w1, %w2 : tensor<?x{H}xbf16>, tensor<{E1}xi32>,
+  %r = moe.experts ins(%x, %off, %pair, %w1, %w2 : tensor<?x{H}x{X}>, tensor<{E1}xi32>,
       tensor<?xi32>, !moe.weight<{E}x2x{F}x{H}xbf16, panel32>,
       !moe.weight<{E}x1x{H}x{F}xbf16, panel32>) slots %k outs(%r0 : tensor<?x{H}xbf16>)
       {expert} -> tensor<?x{H}xbf16>
   %z = moe.combine ins(%r, %off : tensor<?x{H}xbf16>, tensor<{E1}xi32>)
       via(%pair, %w slots %k : tensor<?xi32>, tensor<?x?xf32>) accumulate %acc
-      outs(%y : tensor<?x{H}xbf16>) #moe.combine -> tensor<?x{H}xbf16>
-  return %z : tensor<?x{H}xbf16>
+      outs(%y : tensor<?x{H}x{Y}>) #moe.combine -> tensor<?x{H}x{Y}>
+  return %z : tensor<?x{H}x{Y}>
 }
 """
 
 DENSE = """
-func.func @d0(%x: tensor<?x{H}xbf16> {moe.arg = "x"}, %y: tensor<?x{H}xbf16> {moe.arg = "y"},
+func.func @d0(%x: tensor<?x{H}x{X}> {moe.arg = "x"}, %y: tensor<?x{H}x{Y}> {moe.arg = "y"},
     %acc: i1 {moe.arg = "accumulate"},
     %w1: !moe.weight<1x2x{F}x{H}xbf16, panel32> {moe.arg = "weight", moe.weight_index = 1 : i64},
     %w2: !moe.weight<1x1x{H}x{F}xbf16, panel32> {moe.arg = "weight", moe.weight_index = 2 : i64})
-    -> tensor<?x{H}xbf16> attributes {moe.compute = bf16, moe.entry = "forward"} {
-  %z = moe.ffn ins(%x, %w1, %w2 : tensor<?x{H}xbf16>, !moe.weight<1x2x{F}x{H}xbf16, panel32>,
-      !moe.weight<1x1x{H}x{F}xbf16, panel32>) accumulate %acc outs(%y : tensor<?x{H}xbf16>)
-      {expert} -> tensor<?x{H}xbf16>
-  return %z : tensor<?x{H}xbf16>
+    -> tensor<?x{H}x{Y}> attributes {moe.compute = bf16, moe.entry = "forward"} {
+  %z = moe.ffn ins(%x, %w1, %w2 : tensor<?x{H}x{X}>, !moe.weight<1x2x{F}x{H}xbf16, panel32>,
+      !moe.weight<1x1x{H}x{F}xbf16, panel32>) accumulate %acc outs(%y : tensor<?x{H}x{Y}>)
+      {expert} -> tensor<?x{H}x{Y}>
+  return %z : tensor<?x{H}x{Y}>
 }
 """
 

@@ -22,6 +22,10 @@ TILES = (
 )
 
 
+def stored(values, kind):
+    return bf16_bits(values) if kind == "bf16" else values.astype(np.float32)
+
+
 def call(
     layer, tmp_path, tokens, *options, function="f0", slots=None, given=None, start=None, x=None
 ):
@@ -31,12 +35,12 @@ def call(
     if x is None:
         x = to_bf16(rng.standard_normal((tokens, layer.H)))
     (tmp_path / "layer.mlir").write_text(layer.text())
-    bf16_bits(x).tofile(tmp_path / "x.bin")
+    stored(x, layer.x).tofile(tmp_path / "x.bin")
     for i, weight in enumerate((layer.router, layer.gate_up, layer.down)):
         weight.astype(np.float32).tofile(tmp_path / f"w{i}.bin")
     options = list(options)
     if start is not None:
-        bf16_bits(start).tofile(tmp_path / "y.bin")
+        stored(start, layer.y).tofile(tmp_path / "y.bin")
         options.append("--accumulate")
     if given is not None:
         given[0].astype(np.int32).tofile(tmp_path / "experts.bin")
@@ -58,7 +62,9 @@ def call(
     if function == "r0":
         out["logits"] = read("logits", np.float32, layer.E)
     else:
-        out["y"] = from_bf16(read("y", np.uint16, layer.H))
+        bits = layer.y == "bf16"
+        out["y"] = read("y", np.uint16 if bits else np.float32, layer.H)
+        out["y"] = from_bf16(out["y"]) if bits else out["y"]
     return process, x, out
 
 
@@ -109,6 +115,17 @@ def test_layer(layer, tokens, tmp_path):
     assert close(out["y"], want, size)
     numbers = dict(re.findall(r"(\w+) (\d+)", process.stdout.split(" ", 1)[1]))
     assert numbers["launches"] == "6" and int(numbers["products"]) > 0
+
+
+def test_deadlock_in_words(tmp_path):
+    """Threads that wait for ever are named, with what they wait at."""
+    layer = Layer(64, 32, 4, 2)
+    process, _, _ = call(layer, tmp_path, 3, "--order=reverse", "--mutate=combine:extra-barrier:0")
+    assert process.returncode == 1
+    assert re.search(
+        r"deadlock: from thread 32 .* wait at .*nvvm.barrier #0; 32 of 128 threads have ended",
+        process.stderr,
+    ), process.stderr
 
 
 def test_no_tokens(tmp_path):
@@ -189,6 +206,39 @@ def test_dense_and_accumulate(tmp_path):
     assert close(out["y"], want, size)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_f32_tensors(shift, tmp_path):
+    """x in f32 is rounded to bf16 when it is read; y in f32 is not rounded."""
+    layer = Layer(72, 40, 5, 2, renormalize="sum", x="f32", y="f32")
+    x = np.random.default_rng(3).standard_normal((11, 72)).astype(np.float32)
+    start = np.random.default_rng(4).standard_normal((11, 72)).astype(np.float32)
+    process, _, out = call(
+        layer, tmp_path, 11, f"--tiles={TILES}", f"--shift={shift}", x=x, start=start
+    )
+    assert process.returncode == 0, process.stderr
+    x = to_bf16(x)
+    check_routing(layer, x, out)
+    want, size = gpu_layers.experts_sum(layer, x, out["experts"], out["weights"], start)
+    assert close(out["y"], want, size)
+    assert (from_bf16(bf16_bits(out["y"])) != out["y"]).any()
+
+
+def test_nan_stays_in_its_row(tmp_path):
+    layer = Layer(72, 40, 5, 2, renormalize="sum")
+    x = to_bf16(np.random.default_rng(8).standard_normal((9, 72)))
+    _, _, clean = call(layer, tmp_path, 9, f"--tiles={TILES}", x=x)
+    dirty = stored(x, "bf16").reshape(9, 72)
+    dirty[4, 50] = 0x7FC0
+    dirty.tofile(tmp_path / "x.bin")
+    command = [TOOL, tmp_path / "layer.mlir", f"--tiles={TILES}", f"{tmp_path}:9:2"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    y = from_bf16(np.fromfile(tmp_path / "y.out", np.uint16).reshape(9, 72))
+    assert np.isnan(y[4]).all()
+    others = np.arange(9) != 4
+    np.testing.assert_array_equal(y[others], clean["y"][others])
+
+
 def test_same_bits(tmp_path):
     """One token's bits are the same in every batch, tile, order of warps and time of copies."""
     layer = Layer(200, 72, 8, 3, renormalize="sum")
@@ -208,6 +258,8 @@ def test_same_bits(tmp_path):
 
 
 FAULTS = [
+    ("sort:extra-barrier:0", "expected all threads at one barrier"),
+    ("combine:extra-barrier:0", "ended"),
     ("up_1:drop-barrier:0", "race"),
     ("up_1:drop-barrier:2", "race"),
     ("down_1:drop-barrier:0", "race"),

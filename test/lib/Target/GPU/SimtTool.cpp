@@ -134,7 +134,27 @@ static void mutate(ModuleOp module) {
   module.walk([&](LLVM::LLVMFuncOp kernel) {
     if (kernel.getSymName() != parts[0])
       return;
-    kernel.walk([&](Operation *op) {
+    // Faults change blocks: the operations are listed first.
+    SmallVector<Operation *> ops;
+    kernel.getBody().walk([&](Operation *op) { ops.push_back(op); });
+    if (kind == "extra-barrier") {
+      // At the beginning, and the first warp goes past it.
+      OpBuilder b(ops.front());
+      Location loc = kernel.getLoc();
+      Value thread = NVVM::ThreadIdXOp::create(b, loc, b.getI32Type());
+      Value warp = LLVM::ConstantOp::create(b, loc, b.getI32Type(), 32);
+      Value others = LLVM::ICmpOp::create(b, loc, LLVM::ICmpPredicate::uge, thread, warp);
+      Block *head = ops.front()->getBlock(), *rest = head->splitBlock(ops.front());
+      Block *own = b.createBlock(rest);
+      NVVM::BarrierOp::create(b, loc);
+      LLVM::BrOp::create(b, loc, ValueRange(), rest);
+      b.setInsertionPointToEnd(head);
+      LLVM::CondBrOp::create(b, loc, others, own, rest);
+      done = true;
+    }
+    for (Operation *op : ops) {
+      if (done)
+        break;
       auto here = [&] { return !done && seen++ == number && (done = true); };
       OpBuilder b(op);
       if (kind == "drop-barrier" && isa<NVVM::BarrierOp>(op) && here()) {
@@ -181,7 +201,7 @@ static void mutate(ModuleOp module) {
         else
           compare.setPredicate(LLVM::ICmpPredicate::ne);
       }
-    });
+    }
   });
   if (!done)
     die("expected a place for --mutate " + mutation + ", but got " + Twine(seen) + " candidates");
