@@ -12,7 +12,7 @@
 /* ---- CPU levels ---- */
 
 static const moec_level_info levels[] = {
-    {"x86-64-v3", 3, 1}, {"x86-64-v4", 4, 1}, {"avx512-bf16", 5, 0}, {"amx-bf16", 6, 0}};
+    {"x86-64-v3", 3, 1}, {"x86-64-v4", 4, 1}, {"avx512-bf16", 5, 1}, {"amx-bf16", 6, 0}};
 
 const moec_level_info *moec_find_level(const char *name) {
   for (size_t i = 0; i < sizeof levels / sizeof *levels; ++i)
@@ -23,16 +23,22 @@ const moec_level_info *moec_find_level(const char *name) {
 
 typedef struct {
   uint32_t c1, b7, c80; /* ecx of leaf 1, ebx of leaf 7, ecx of leaf 0x80000001 */
+  uint32_t a71;         /* eax of leaf 7, subleaf 1 */
   uint32_t xcr0;        /* register state that the system saves */
+  bool amd;             /* AMD, or Hygon, which makes AMD's cores */
 } features;
 
 static features read_features(void) {
-  features f = {0, 0, 0, 0};
+  features f = {0, 0, 0, 0, 0, false};
   uint32_t a, b, c, d;
+  if (__get_cpuid(0, &a, &b, &c, &d))
+    f.amd = b == 0x68747541u /* "Auth" */ || b == 0x6f677948u /* "Hygo" */;
   if (__get_cpuid(1, &a, &b, &c, &d))
     f.c1 = c;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d))
     f.b7 = b;
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d))
+    f.a71 = a;
   if (__get_cpuid(0x80000001u, &a, &b, &c, &d))
     f.c80 = c;
   if (f.c1 & (1u << 27)) { /* OSXSAVE: xgetbv may be executed */
@@ -81,6 +87,16 @@ const char *moec_missing_feature(const moec_level_info *level) {
     if (!(f.b7 & (1u << 31)))
       return "AVX-512VL";
   }
+  if (level->rank >= 5 && !(f.a71 & (1u << 5)))
+    return "AVX512-BF16";
+  return NULL;
+}
+
+const char *moec_slow_feature(const moec_level_info *level) {
+  /* Zen 4 issues one vdpbf16ps a cycle, twice the products of an FMA. Intel's cores issue one every
+     second cycle or slower, where widened weights and FMA are as fast or faster. */
+  if (level->rank == 5 && !read_features().amd)
+    return "AVX512-BF16 at twice the rate of FMA";
   return NULL;
 }
 

@@ -386,7 +386,10 @@ static int choose_level(const opening *o, moec_layer_state *layer) {
     const moec_level_info *info = moec_find_level(c->levels[i].level);
     if (!info || !info->built || (o->cap && info->rank > o->cap->rank))
       continue;
+    /* A level that is no faster here than the one below it is taken only when it is asked for. */
     const char *missing = moec_missing_feature(info);
+    if (!missing && !(o->cap && o->cap->rank == info->rank) && c->level_count > 1)
+      missing = moec_slow_feature(info);
     if (missing) {
       lacks = missing;
       lacking = info->name;
@@ -430,13 +433,14 @@ static int read_cap(opening *o, const char *name, const char *source) {
   const moec_level_info *level = moec_find_level(name);
   if (!level)
     return moec_fail(o->error, MOEC_E_ISA,
-                     "%s: %s: expected x86-64-v3 or x86-64-v4, but got \"%s\"", o->where, source,
-                     name);
-  if (!level->built)
-    return moec_fail(o->error, MOEC_E_ISA,
-                     "%s: %s: expected x86-64-v3 or x86-64-v4, but got %s, a level for which this "
-                     "version generates no code",
+                     "%s: %s: expected x86-64-v3, x86-64-v4 or avx512-bf16, but got \"%s\"",
                      o->where, source, name);
+  if (!level->built)
+    return moec_fail(
+        o->error, MOEC_E_ISA,
+        "%s: %s: expected x86-64-v3, x86-64-v4 or avx512-bf16, but got %s, a level for "
+        "which this version generates no code",
+        o->where, source, name);
   const char *missing = moec_missing_feature(level);
   if (missing)
     return moec_fail(o->error, MOEC_E_ISA,

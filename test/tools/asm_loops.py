@@ -3,14 +3,15 @@
 
 usage: asm_loops.py FILE [--function REGEX] [--json]
                     [--max-spills N] [--registers zmm|ymm] [--no-calls] [--min-functions N]
-                    [--max-ratio X] [--first]
+                    [--max-ratio X] [--only MNEMONIC] [--first]
 
 For every innermost loop: instructions, fused multiply-adds, vector loads, prefetches, calls, spills
 and reloads (LLVM's own comments: a memory operand on the stack may be something else), and the
 widest vector register. --first keeps each function's first loop with multiply-adds, which in a
 kernel is the k loop (the next is the polynomial of its activation). With a limit the exit code is
 1 if a loop with multiply-adds breaks it, and the loop is printed. --min-functions fails when fewer
-functions with such a loop were found than expected, so that an empty file cannot pass.
+functions with such a loop were found than expected, so that an empty file cannot pass. --only:
+every multiply-add is this instruction.
 """
 
 import argparse
@@ -33,6 +34,7 @@ class Loop:
     loads: int = 0
     prefetches: int = 0
     calls: int = 0
+    mnemonics: list = field(default_factory=list)
     spills: int = 0
     reloads: int = 0
     register: str = ""
@@ -93,7 +95,9 @@ def scan(name, label, lines):
         loop.text.append(line.rstrip())
         loop.instructions += 1
         mnemonic = code.split()[0]
-        loop.fma += bool(FMA.match(code))
+        if FMA.match(code):
+            loop.fma += 1
+            loop.mnemonics = sorted({*loop.mnemonics, mnemonic})
         loop.calls += mnemonic.startswith("call")
         loop.prefetches += mnemonic.startswith("prefetch")
         loop.spills += "Spill" in comment
@@ -119,6 +123,7 @@ def main():
     parser.add_argument("--no-calls", action="store_true")
     parser.add_argument("--min-functions", type=int, default=0)
     parser.add_argument("--max-ratio", type=float, help="instructions per multiply-add")
+    parser.add_argument("--only", help="the mnemonic of every multiply-add")
     parser.add_argument("--first", action="store_true", help="the first such loop of a function")
     args = parser.parse_args()
 
@@ -142,6 +147,8 @@ def main():
             why.append(f"expected {args.registers}, but got {loop.register}")
         if args.no_calls and loop.calls:
             why.append(f"{loop.calls} calls")
+        if args.only and loop.mnemonics != [args.only]:
+            why.append(f"expected {args.only} alone, but got {', '.join(loop.mnemonics)}")
         if args.max_ratio and loop.ratio > args.max_ratio:
             why.append(f"{loop.ratio:.2f} instructions per multiply-add")
         if why:

@@ -94,8 +94,11 @@ static llvm::Expected<std::string> nativeLevel() {
   if (!all({"avx2", "fma", "bmi", "bmi2", "f16c", "lzcnt", "movbe"}))
     return makeError(ErrorCode::ISA, "--cpu native", "a CPU of level x86-64-v3 or better",
                      llvm::sys::getHostCPUName(), "name a level to compile for another machine");
-  if (all({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}))
-    return std::string("x86-64-v4");
+  if (all({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})) {
+    // As in the runtime: only where its products are faster than fused multiply-adds.
+    bool amd = llvm::sys::getHostCPUName().starts_with("znver");
+    return std::string(amd && features.lookup("avx512bf16") ? "avx512-bf16" : "x86-64-v4");
+  }
   return std::string("x86-64-v3");
 }
 
@@ -342,10 +345,11 @@ static void printRemarks(mlir::ModuleOp module) {
         os << "remark: " << function.getSymName() << ": " << op->getName() << ": "
            << kernel.getRows() << " rows x " << kernel.getPanels() << " panel(s) use "
            << moe::UkernelAttr::getRegistersNeeded(kernel.getRows(), vectors) << " of " << registers
-           << " registers of " << lanes << " floats; chunks of " << strategy.getChunkRows()
-           << " rows, " << strategy.getPanelsPerTask() << " panels a task, rows from "
-           << moe::stringifyRowSource(strategy.getSource()) << ", result as "
-           << moe::stringifyResultForm(strategy.getResult());
+           << " registers of " << lanes << " floats, products by "
+           << moe::stringifyKernelProduct(kernel.getProduct()) << "; chunks of "
+           << strategy.getChunkRows() << " rows, " << strategy.getPanelsPerTask()
+           << " panels a task, rows from " << moe::stringifyRowSource(strategy.getSource())
+           << ", result as " << moe::stringifyResultForm(strategy.getResult());
         llvm::errs() << text << "\n";
       }
     });

@@ -18,6 +18,9 @@ typedef struct moec_level_info {
 const moec_level_info *moec_find_level(const char *name); /* NULL: no such name */
 /* NULL if this machine runs `level`, else the first feature that it lacks, as "AVX-512BW". */
 const char *moec_missing_feature(const moec_level_info *level);
+/* NULL if `level`, which this machine runs, is also faster here than the level below it; else what
+   is missing for that: such a level is taken only when it is asked for. */
+const char *moec_slow_feature(const moec_level_info *level);
 /* Threads worth starting: the CPUs of the affinity mask, at most what the control group pays for.
  */
 int32_t moec_cpus_allowed(void);

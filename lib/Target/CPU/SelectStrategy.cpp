@@ -28,6 +28,7 @@ namespace {
 struct Fields {
   int64_t rows = 0, panels = 0, prefetch = 0, chunkRows = 0, panelsPerTask = 0;
   KernelOrder order = KernelOrder::BFirst;
+  KernelProduct product = KernelProduct::Fma; // not to be changed: it decides the bits
 };
 
 struct SelectStrategyPass : public mlir::moe::impl::MoESelectStrategyBase<SelectStrategyPass> {
@@ -71,18 +72,30 @@ static int64_t mostRows(const CPULevel &level, int64_t panels) {
   return rows;
 }
 
+/// The instruction of a matmul's products: it follows from the level and the types alone.
+static KernelProduct productOf(GroupedMatmulOp matmul, const CPULevel &level) {
+  Type rows =
+      matmul.getRowType() ? *matmul.getRowType() : getElementTypeOrSelf(matmul.getRows().getType());
+  auto format = dyn_cast<FormatAttr>(matmul.getWeightType().getFormat());
+  bool bf16 = rows.isBF16() && format && format.getValue() == PlainFormat::BF16;
+  return level.bf16Products && bf16 ? KernelProduct::DotBF16 : KernelProduct::Fma;
+}
+
 /// Defaults by level and shape. The reasons are measurements: a block as tall as the registers
-/// allow reads every weight once per 14 (or 3) rows; chunks keep the packed rows of a lane, at four
-/// bytes an element, below 1 MB of L2; four panels a task share one pass over the rows.
-static Fields defaults(const CPULevel &level, WeightType weight, bool combine) {
+/// allow reads every weight once per 14 (or 3) rows; chunks keep the packed rows of a lane below
+/// 1 MB of L2; four panels a task share one pass over the rows.
+static Fields defaults(const CPULevel &level, WeightType weight, bool combine,
+                       KernelProduct product) {
   Fields fields;
+  fields.product = product;
   fields.panels = 1;
   fields.rows = mostRows(level, 1);
   // With fewer rows than vectors, broadcasting the rows first leaves fewer live registers.
   fields.order =
       fields.rows < 32 / int64_t(level.lanes()) ? KernelOrder::AFirst : KernelOrder::BFirst;
   fields.prefetch = 1024;
-  int64_t fit = (int64_t(1) << 20) / (4 * weight.getCols());
+  int64_t elementBytes = product == KernelProduct::DotBF16 ? 2 : 4;
+  int64_t fit = (int64_t(1) << 20) / (elementBytes * weight.getCols());
   fit = std::clamp<int64_t>(fit, 4 * fields.rows, 512);
   // A whole number of blocks, so that no chunk ends in a thin one.
   fields.chunkRows = fit / fields.rows * fields.rows;
@@ -191,7 +204,7 @@ FailureOr<StrategyAttr> SelectStrategyPass::build(Operation *op, const CPULevel 
                                                   ResultForm result) {
   auto emit = [&] { return op->emitOpError("illegal strategy: "); };
   auto kernel = UkernelAttr::getChecked(emit, &getContext(), level.name, fields.rows, fields.panels,
-                                        fields.order, fields.prefetch);
+                                        fields.order, fields.prefetch, fields.product);
   if (!kernel)
     return failure();
   auto strategy = StrategyAttr::getChecked(emit, &getContext(), kernel, fields.chunkRows,
@@ -208,8 +221,9 @@ LogicalResult SelectStrategyPass::select(func::FuncOp func, const CPULevel &leve
   WalkResult walk = func.walk([&](Operation *op) {
     StrategyAttr strategy;
     auto choose = [&](WeightType weight, const Twine &name, RowSource source, ResultForm result,
-                      bool combine, bool shared) -> LogicalResult {
-      Fields fields = defaults(level, weight, combine);
+                      bool combine, bool shared,
+                      KernelProduct product = KernelProduct::Fma) -> LogicalResult {
+      Fields fields = defaults(level, weight, combine, product);
       // The matmuls of one function walk the same list of chunks and, where the rows between them
       // stay in blocks, the same blocks.
       if (shared && chunkRows)
@@ -262,7 +276,7 @@ LogicalResult SelectStrategyPass::select(func::FuncOp func, const CPULevel &leve
           form = ResultForm::Blocked;
       }
       result = choose(matmul.getWeightType(), "grouped_matmul." + Twine(number++), source, form,
-                      matmul.hasCombine(), true);
+                      matmul.hasCombine(), true, productOf(matmul, level));
       if (succeeded(result))
         matmul.setStrategyAttr(strategy);
     }

@@ -173,6 +173,13 @@ private:
   FailureOr<Groups *> groupsOf(Operation *op, Value offsets);
   /// Packs block `rows` from sorted row `first` of the matmul's rows into `into`.
   void packBlock(OpBuilder &b, GroupedMatmulOp op, Value first, Value rows, Value into);
+  /// Element type of the row blocks that a kernel reads, and elements per row of K columns.
+  static std::pair<Type, int64_t> blockOf(UkernelAttr kernel, int64_t cols) {
+    Builder b(kernel.getContext());
+    return kernel.getProduct() == KernelProduct::Fma
+               ? std::make_pair(Type(b.getF32Type()), roundUp(cols, 16))
+               : std::make_pair(Type(b.getBF16Type()), roundUp(cols, 32));
+  }
   int64_t nextCounter() { return counters++; }
   int64_t lanesOf() const { return level->lanes(); }
   Value accumulateOf(OpBuilder &b, Value accumulate) {
@@ -652,7 +659,8 @@ LogicalResult EntryTiler::tileMatmulToBuffer(GroupedMatmulOp op, const Groups &g
   StrategyAttr strategy = op.getStrategyAttr();
   UkernelAttr kernel = strategy.getUkernel();
   WeightType weight = op.getWeightType();
-  int64_t padded = roundUp(weight.getCols(), 16);
+  Type element = blockOf(kernel, weight.getCols()).first;
+  int64_t padded = blockOf(kernel, weight.getCols()).second;
   int64_t width = weight.panelCount() * weight.panelCols();
   bool blockedResult = strategy.getResult() == ResultForm::Blocked;
   auto outType = cast<MemRefType>(op.getOut().getType());
@@ -660,12 +668,12 @@ LogicalResult EntryTiler::tileMatmulToBuffer(GroupedMatmulOp op, const Groups &g
   Value rows = rowCount(op.getOut());
 
   Value out;
-  int64_t blockStride = roundUp(weight.getRows(), 16);
+  int64_t blockStride = roundUp(weight.getRows(), outType.getElementType().isF32() ? 16 : 32);
   if (blockedResult) {
-    if (!outType.getElementType().isF32())
+    if (!outType.getElementType().isF32() && kernel.getProduct() == KernelProduct::Fma)
       return op.emitOpError("expected an f32 result for row blocks, but got ")
              << outType.getElementType();
-    out = alloc(b, {ShapedType::kDynamic}, b.getF32Type(), index.mul(rows, blockStride));
+    out = alloc(b, {ShapedType::kDynamic}, outType.getElementType(), index.mul(rows, blockStride));
   } else if (outType.getRank() == 3) {
     out =
         alloc(b, {ShapedType::kDynamic, weight.getParts(), width}, outType.getElementType(), rows);
@@ -681,7 +689,7 @@ LogicalResult EntryTiler::tileMatmulToBuffer(GroupedMatmulOp op, const Groups &g
   Value packed = physical(op.getRows());
   if (!blockedSource) {
     Value most = bodyIndex.min(rows, bodyIndex.constant(strategy.getChunkRows()));
-    packed = alloc(body, {ShapedType::kDynamic}, body.getF32Type(), bodyIndex.mul(most, padded));
+    packed = alloc(body, {ShapedType::kDynamic}, element, bodyIndex.mul(most, padded));
   }
   int64_t panels = weight.panelCount();
   int64_t groupPanels = strategy.getPanelsPerTask();
@@ -740,7 +748,8 @@ LogicalResult EntryTiler::tileMatmulCombine(GroupedMatmulOp op, const Groups &gr
   WeightType weight = op.getWeightType();
   if (op.hasEpilogue())
     return op.emitOpError("expected no region together with a combine clause, but got one");
-  int64_t padded = roundUp(weight.getCols(), 16);
+  Type element = blockOf(kernel, weight.getCols()).first;
+  int64_t padded = blockOf(kernel, weight.getCols()).second;
   int64_t panels = weight.panelCount(), step = kernel.getPanels();
   int64_t most = strategy.getPanelsPerTask();
   Value y = op.getOut();
@@ -755,7 +764,7 @@ LogicalResult EntryTiler::tileMatmulCombine(GroupedMatmulOp op, const Groups &gr
   Value packed = physical(op.getRows());
   if (!blockedSource) {
     Value most = bodyIndex.min(rowsTotal, bodyIndex.constant(strategy.getChunkRows()));
-    packed = alloc(body, {ShapedType::kDynamic}, body.getF32Type(), bodyIndex.mul(most, padded));
+    packed = alloc(body, {ShapedType::kDynamic}, element, bodyIndex.mul(most, padded));
   }
   Value weights = op.getCombineWeights() ? flatten(body, op.getCombineWeights()) : Value();
   Value accumulate = accumulateOf(body, op.getAccumulate());

@@ -10,7 +10,10 @@
 #include "moe/Target/CPU/Passes.h"
 
 #include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "mlir/Dialect/Tensor/IR/Tensor.h"
 #include "llvm/ADT/MapVector.h"
+
+#include <map>
 
 namespace mlir::moe {
 #define GEN_PASS_DEF_MOEATTACHTARGET
@@ -78,8 +81,7 @@ struct CloneVariantsPass : public mlir::moe::impl::MoECloneVariantsBase<CloneVar
 
 private:
   FailureOr<SmallVector<Type>> elementTypes();
-  FailureOr<func::FuncOp> makeVariant(func::FuncOp original, const CPULevel &level,
-                                      TargetAttr target, Type x, Type y);
+  FailureOr<func::FuncOp> makeVariant(func::FuncOp original, const CPULevel &level, Type x, Type y);
 };
 
 } // namespace
@@ -108,10 +110,29 @@ static BlockArgument argumentOf(func::FuncOp func, StringRef role) {
   return nullptr;
 }
 
+/// The matmuls that a level with products of bf16 computes that way: rows and weights of bf16.
+static bool hasBF16Product(GroupedMatmulOp matmul, Type compute) {
+  auto format = dyn_cast<FormatAttr>(matmul.getWeightType().getFormat());
+  return compute.isBF16() && format && format.getValue() == PlainFormat::BF16;
+}
+
+/// The level whose code `original` gets at `level`. Without a product of bf16 the code of a level
+/// with such products is that of the level below.
+static const CPULevel *codeLevel(func::FuncOp original, const CPULevel *level) {
+  if (!level->bf16Products)
+    return level;
+  auto compute = original->getAttrOfType<TypeAttr>(MoEDialect::kComputeAttrName);
+  bool uses = false;
+  original.walk([&](GroupedMatmulOp matmul) {
+    uses |= compute && hasBF16Product(matmul, compute.getValue());
+  });
+  return uses ? level : findCPULevel(kLevelV4);
+}
+
 static std::string typeName(Type type) { return type.isF32() ? "f32" : "bf16"; }
 
 FailureOr<func::FuncOp> CloneVariantsPass::makeVariant(func::FuncOp original, const CPULevel &level,
-                                                       TargetAttr target, Type x, Type y) {
+                                                       Type x, Type y) {
   std::string name = original.getSymName().str() + "_" + level.suffix.str() + "_" + typeName(x);
   if (y)
     name += "_" + typeName(y);
@@ -120,7 +141,8 @@ FailureOr<func::FuncOp> CloneVariantsPass::makeVariant(func::FuncOp original, co
     return original.emitOpError("expected attribute ") << MoEDialect::kComputeAttrName;
   func::FuncOp clone = original.clone();
   clone.setSymName(name);
-  clone->setAttr(MoEDialect::kTargetAttrName, target);
+  clone->setAttr(MoEDialect::kTargetAttrName,
+                 TargetAttr::get(&getContext(), Device::CPU, level.name));
   original->getBlock()->getOperations().insert(original->getIterator(), clone);
   ++numClones;
 
@@ -146,6 +168,27 @@ FailureOr<func::FuncOp> CloneVariantsPass::makeVariant(func::FuncOp original, co
       }
     }
   }
+  // Rows between two matmuls: products of bf16 round them, as the operations that made them say.
+  if (level.bf16Products)
+    clone.walk([&](GroupedMatmulOp matmul) {
+      auto rows = dyn_cast<OpResult>(matmul.getRows());
+      if (!rows || !hasBF16Product(matmul, compute.getValue()))
+        return;
+      auto producer = dyn_cast<DestinationStyleOpInterface>(rows.getOwner());
+      if (!producer || !isa<GroupedMatmulOp, ActivateOp>(rows.getOwner()))
+        return;
+      OpOperand *init = producer.getTiedOpOperand(rows);
+      auto empty = init->get().getDefiningOp<tensor::EmptyOp>();
+      if (!empty)
+        return;
+      // An empty tensor of its own: another operation may use the same one.
+      OpBuilder b(empty);
+      init->set(b.clone(*empty)->getResult(0));
+      retype(init->get(), compute.getValue());
+      retype(rows, compute.getValue());
+      if (empty->use_empty())
+        empty.erase();
+    });
   // y: every result tied to it has its type.
   if (y) {
     Value output = argumentOf(clone, "y");
@@ -189,23 +232,29 @@ void CloneVariantsPass::runOnOperation() {
     if (auto it = clones.find(original); it != clones.end())
       return it->second;
     SmallVector<EntryAttr> entries;
+    std::map<std::tuple<const CPULevel *, const void *, const void *>, func::FuncOp> made;
     for (TargetAttr target : targets.getAsRange<TargetAttr>()) {
       const CPULevel *level = checkLevel(original, target.getLevel());
       if (!level)
         return failure();
+      const CPULevel *code = codeLevel(original, level);
       for (Type x : *elements) {
         SmallVector<Type> outputs = *elements;
         if (kind == EntryKind::Route)
           outputs = {Type()};
         for (Type y : outputs) {
-          FailureOr<func::FuncOp> clone = makeVariant(original, *level, target, x, y);
-          if (failed(clone))
-            return failure();
-          if (symbols.lookup(clone->getSymName()))
-            return clone->emitOpError("expected a new name, but got one that is taken");
-          symbols.insert(*clone);
+          func::FuncOp &clone = made[{code, x.getAsOpaquePointer(), y.getAsOpaquePointer()}];
+          if (!clone) {
+            FailureOr<func::FuncOp> variant = makeVariant(original, *code, x, y);
+            if (failed(variant))
+              return failure();
+            clone = *variant;
+            if (symbols.lookup(clone.getSymName()))
+              return clone.emitOpError("expected a new name, but got one that is taken");
+            symbols.insert(clone);
+          }
           entries.push_back(EntryAttr::get(&getContext(), kind, level->name, x, y ? y : x,
-                                           FlatSymbolRefAttr::get(*clone)));
+                                           FlatSymbolRefAttr::get(clone)));
         }
       }
     }

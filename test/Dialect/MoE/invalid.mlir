@@ -103,8 +103,14 @@ func.func private @target_level() attributes {test.attribute = #moe.target<cpu, 
 // -----
 
 // ukernel_level
-// expected-error @below {{expected level of a micro-kernel to be x86-64-v3 or x86-64-v4, but got "amx-bf16", which has no code yet}}
+// expected-error @below {{expected level of a micro-kernel to be x86-64-v3, x86-64-v4 or avx512-bf16, but got "amx-bf16", which has no code yet}}
 func.func private @ukernel_level() attributes {test.attribute = #moe.ukernel<level = "amx-bf16", rows = 1, panels = 1>}
+
+// -----
+
+// ukernel_product
+// expected-error @below {{expected product = dot_bf16 at level avx512-bf16 only, but got x86-64-v4}}
+func.func private @ukernel_product() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 1, panels = 1, product = dot_bf16>}
 
 // -----
 
@@ -1097,5 +1103,38 @@ func.func @end_panels(%s: memref<1x?x16xf32>, %y: memref<?x64xf32>, %n: index) {
   // expected-error @below {{expected columns of the scratch = 32, but got 16}}
   moe.end_panels from(%s : memref<1x?x16xf32>) into(%y : memref<?x64xf32>)
       first(%n) panels(1)
+  return
+}
+
+// -----
+
+// pack_rows_c2
+func.func @pack_rows_c2(%x: memref<?x40xf32>, %n: index, %a: memref<?xbf16>) {
+  // expected-error @below {{expected compute = bf16 for a block of bf16, but got 'f32'}}
+  moe.pack_rows rows(%x : memref<?x40xf32>) range(%n, %n) compute = f32 into(%a : memref<?xbf16>)
+  return
+}
+
+// -----
+
+// gemm_tile_c6
+func.func @gemm_tile_c6_block(%n: index, %a: memref<?xf32>, %h: memref<?xf32>,
+    %w: !moe.weight<4x1x40x33xbf16, panel32>) {
+  // expected-error @below {{expected a block of bf16 for product = dot_bf16, but got 'memref<?xf32>'}}
+  moe.gemm_tile count(%n) a(%a : memref<?xf32>)
+      weight(%w[%n, %n] : !moe.weight<4x1x40x33xbf16, panel32>) into blocked(%h : memref<?xf32>)
+      ukernel = #moe.ukernel<level = "avx512-bf16", rows = 2, panels = 1, product = dot_bf16>
+  return
+}
+
+// -----
+
+// gemm_tile_c6
+func.func @gemm_tile_c6_weight(%n: index, %a: memref<?xbf16>, %h: memref<?xf32>,
+    %w: !moe.weight<4x1x40x33xf32, panel32>) {
+  // expected-error @below {{expected a weight of bf16 for product = dot_bf16, but got}}
+  moe.gemm_tile count(%n) a(%a : memref<?xbf16>)
+      weight(%w[%n, %n] : !moe.weight<4x1x40x33xf32, panel32>) into blocked(%h : memref<?xf32>)
+      ukernel = #moe.ukernel<level = "avx512-bf16", rows = 2, panels = 1, product = dot_bf16>
   return
 }

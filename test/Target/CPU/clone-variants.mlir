@@ -1,6 +1,37 @@
 // RUN: moe-opt %s --moe-attach-target=levels=x86-64-v4 --moe-clone-variants --split-input-file \
 // RUN:   | FileCheck %s
 
+// RUN: moe-opt %s --moe-attach-target=levels=x86-64-v4,avx512-bf16 \
+// RUN:     --moe-clone-variants=types=bf16 --moe-select-strategy --split-input-file \
+// RUN:   | FileCheck %s --check-prefix=PAIRS
+// RUN: moe-opt %s --moe-attach-target=levels=avx512-bf16 --moe-clone-variants=types=f32 \
+// RUN:     --split-input-file \
+// RUN:   | FileCheck %s --check-prefix=ALONE
+
+// Products of bf16: rows between the matmuls are bf16, the router stays a chain of multiply-adds; a
+// function without such a product has the code of x86-64-v4.
+// PAIRS-LABEL: func.func @f0_v4_bf16_bf16(
+// PAIRS-NOT: dot_bf16
+// PAIRS: combine as bf16
+// PAIRS-LABEL: func.func @f0_bf16_bf16_bf16(
+// PAIRS-SAME: moe.target = #moe.target<cpu, level = "avx512-bf16">
+// PAIRS: moe.router
+// PAIRS-SAME: #moe.ukernel<level = "avx512-bf16", rows = 14, panels = 1, prefetch = 1024>
+// PAIRS: %[[H0:.*]] = tensor.empty(%{{.*}}) : tensor<?x8xbf16>
+// PAIRS: %[[H:.*]] = moe.grouped_matmul rows(%{{.*}} via
+// PAIRS-SAME: outs(%[[H0]] : tensor<?x8xbf16>)
+// PAIRS-SAME: product = dot_bf16>
+// PAIRS: moe.grouped_matmul rows(%[[H]] : tensor<?x8xbf16>)
+// PAIRS-SAME: product = dot_bf16>
+// PAIRS-NOT: func.func @r0_bf16
+// PAIRS: kind = forward, level = "avx512-bf16", x = bf16, y = bf16, function = @f0_bf16_bf16_bf16>
+// PAIRS-SAME: kind = route, level = "avx512-bf16", x = bf16, y = bf16, function = @r0_v4_bf16>
+
+// ALONE-LABEL: func.func @f0_bf16_f32_f32(
+// ALONE: moe.grouped_matmul rows({{.*}} as bf16 : tensor<?x40xf32>
+// ALONE-LABEL: func.func @r0_v4_f32(
+// ALONE-SAME: moe.target = #moe.target<cpu, level = "x86-64-v4">
+
 // One clone per type of x and of y; an entry without y has one per type of x. Readers of an x that
 // is not of the compute type say what they round it to.
 

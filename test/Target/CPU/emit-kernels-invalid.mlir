@@ -10,7 +10,7 @@ func.func @no_target(%x: memref<?x8xf32>, %n: index, %a: memref<?xf32>) {
 
 func.func @no_kernels(%x: memref<?x8xf32>, %n: index, %a: memref<?xf32>)
     attributes {moe.target = #moe.target<cpu, level = "amx-bf16">} {
-  // expected-error @+1 {{expected a level with kernels (x86-64-v3, x86-64-v4), but got amx-bf16}}
+  // expected-error @+1 {{expected a level with kernels (x86-64-v3, x86-64-v4, avx512-bf16), but got amx-bf16}}
   moe.pack_rows rows(%x : memref<?x8xf32>) range(%n, %n) compute = f32 into(%a : memref<?xf32>)
   return
 }

@@ -139,3 +139,32 @@ func.func @unfused(%v: vector<16xf32>) -> vector<16xf32> {
   %0 = math.exp %v : vector<16xf32>
   return %0 : vector<16xf32>
 }
+
+// -----
+
+// Products of bf16 pairs: a group of a rows32 block is two panels of 16 columns; the last of an odd
+// number of panels is told to zero the half after it.
+
+// CHECK-LABEL: func @pairs
+// CHECK:         scf.index_switch
+// CHECK:         case 1 {
+// CHECK-NEXT:      call @[[D1:moe_gemm_dot_r1_p1_bf16_blocked2_bf16_[0-9a-f]+]](
+// CHECK:         call @moe_pack_v4_f32_block32(
+// CHECK:       func.func private @[[D1]](
+// CHECK-SAME:    target_cpu = "x86-64-v4"
+// CHECK-SAME:    target_features = #llvm.target_features<["+avx512bf16"]>
+// CHECK:         llvm.call_intrinsic "llvm.x86.avx512bf16.dpbf16ps.512"
+func.func @pairs(%n: index, %x: memref<?x33xf32>, %a: memref<?xbf16>, %h: memref<?xbf16>,
+                 %w: !moe.weight<4x2x40x33xbf16, panel32>, %e: index, %p: index)
+    attributes {moe.target = #moe.target<cpu, level = "avx512-bf16">} {
+  moe.gemm_tile count(%n) a(%a : memref<?xbf16>)
+      weight(%w[%e, %p] : !moe.weight<4x2x40x33xbf16, panel32>)
+      into blocked(%h : memref<?xbf16>)
+      ukernel = #moe.ukernel<level = "avx512-bf16", rows = 2, panels = 1, product = dot_bf16> {
+  ^bb0(%gate: f32, %up: f32):
+    %m = arith.mulf %gate, %up : f32
+    moe.yield %m : f32
+  }
+  moe.pack_rows rows(%x : memref<?x33xf32>) range(%e, %n) compute = bf16 into(%a : memref<?xbf16>)
+  return
+}

@@ -12,18 +12,24 @@
 // Data forms (lengths in bytes):
 //   rows16   a block of `count` rows: float [ceil(K/16)][count][16]; element (r, k) at
 //            (k/16)*count*64 + r*64 + (k%16)*4; columns K... are zero.
+//   rows32   a block of rows for products of bf16: bf16 [ceil(K/32)][count][32]; element (r, k) at
+//            (k/32)*count*64 + r*64 + (k%32)*2; columns K... are zero. (16 rows are an AMX tile.)
 //   panel32  a weight panel of 32 columns: rows of 128 bytes, one k each in f32 (lane l at 4*l);
 //            two k each in bf16 (lane l: even k at 4*l, odd k at 4*l+2). With two parts lanes 0-15
 //            are 16 gate columns and lanes 16-31 the same 16 up columns.
 //
-// Bits: an output element is one chain of fused multiply-adds with k ascending, in every kernel of
-// every level, whatever its count, panels, order, prefetch, format and form. There are no
-// fast-math flags.
+// Bits: an output element is one chain of products with k ascending, in every kernel whatever its
+// count, panels, order, prefetch and form. With fused multiply-adds (KernelProduct::Fma) the bits
+// are those of every level and format; with products of bf16 pairs (DotBF16: acc = fma(a[2i+1],
+// b[2i+1], acc), then fma(a[2i], b[2i], acc), subnormal operands and results as zero) they are
+// those of all such kernels. There are no fast-math flags.
 //
 //===----------------------------------------------------------------------===//
 
 #ifndef MOE_TARGET_CPU_KERNELS_H
 #define MOE_TARGET_CPU_KERNELS_H
+
+#include "moe/Dialect/MoE/IR/MoEAttrs.h"
 
 #include "mlir/Dialect/Func/IR/FuncOps.h"
 #include "mlir/IR/Builders.h"
@@ -38,9 +44,9 @@ namespace moe {
 /// Vector levels that have kernels.
 enum class KernelLevel { V3, V4 };
 
-/// "x86-64-v3" | "x86-64-v4", or nothing.
+/// The kernels that code of a level ("x86-64-v3", "x86-64-v4", "avx512-bf16") uses, or nothing.
 std::optional<KernelLevel> parseKernelLevel(StringRef level);
-/// The LLVM CPU name of a level, which is also the name of the level.
+/// The LLVM CPU name of a level's kernels.
 StringRef getLevelName(KernelLevel level);
 /// f32 lanes of one register: 8 or 16.
 int64_t getLevelLanes(KernelLevel level);
@@ -53,8 +59,8 @@ int64_t getLevelRegisters(KernelLevel level);
 enum class LoadOrder { Automatic, BFirst, AFirst };
 
 /// Where a kernel's result goes.
-///   Blocked  after the region: f32 rows16 block of the same rows; columns at or beyond `columns`
-///            are written as zero.
+///   Blocked  after the region: rows16 block of the same rows, or with a bf16 result (rounded to
+///            nearest even) rows32 block; columns at or beyond `columns` are written as zero.
 ///   Rows     row-major, f32 or bf16 (rounded to nearest even); the parts of a panel go to
 ///            separate matrices `part_bytes` apart unless a region merges them.
 ///   Combine  each row is rounded to the compute type and added to its token's row of a panel
@@ -71,20 +77,23 @@ struct GemmKernelSpec {
   LoadOrder order = LoadOrder::Automatic;
   /// Distance in bytes at which the weights are prefetched; 0 for none.
   int64_t prefetch = 0;
-  /// Weights in bf16 (widened exactly in registers) instead of f32.
+  /// Weights in bf16 (with Fma widened exactly in registers) instead of f32.
   bool bf16Weights = false;
+  /// DotBF16: rows32 block times weights in bf16 by vdpbf16ps; V4 only.
+  KernelProduct product = KernelProduct::Fma;
   /// 1, or 2 for gate and up in one panel.
   int64_t parts = 1;
   KernelForm form = KernelForm::Rows;
   /// Combine: rows go to their pair's token with its weight. False: row r is token r, weight 1.
   bool indexed = true;
-  /// Rows: the stored type. Combine: the type a row is rounded to. False is f32.
+  /// Rows, Blocked: the stored type. Combine: the type a row is rounded to. False is f32.
   bool bf16Result = false;
   /// Optional: one block of `parts` f32 arguments that yields one f32. Blocked and Rows only.
   Region *epilogue = nullptr;
   /// Short word for the epilogue in the kernel's name; a hash of the region is added.
   std::string epilogueName;
 
+  bool isDot() const { return product == KernelProduct::DotBF16; }
   /// Vector registers per panel.
   int64_t getVectorsPerPanel() const { return 32 / getLevelLanes(level); }
   /// More panels would run out of address registers, or of vector registers for widened weights.
@@ -105,11 +114,13 @@ struct GemmKernelSpec {
 /// Emits the kernel of `spec` at the builder's insertion point (a module body) under
 /// spec.getName(). Arguments:
 ///   (ptr a, ptr b, i64 groups, i64 panel_bytes, ptr out, form...)
-///     a            rows16 block of spec.rows rows
+///     a            rows16 block of spec.rows rows; rows32 for DotBF16
 ///     b            first panel; the others follow `panel_bytes` apart
-///     groups       ceil(K/16), columns of a in groups of 16
+///     groups       columns of a in groups: ceil(K/16); for DotBF16 ceil(K/32)
 ///   Blocked: out = the block's address of the first panel's columns, i64 columns = real output
-///            columns from there on (may be larger than the tile)
+///            columns from there on (may be larger than the tile); with a bf16 result of one panel
+///            of 16 columns, i64 fill: not 0 if the other half of the group, after this one, is to
+///            be zeroed, because it has no panel
 ///   Rows:    out, i64 row_bytes, i64 part_bytes, i64 columns = real columns of a part from there
 ///            on; no others are written
 ///   Combine: out = scratch f32 [panels][tokens][32], i64 scratch_bytes from panel to panel, and if
@@ -118,12 +129,14 @@ struct GemmKernelSpec {
 /// No pointer needs more than element alignment.
 FailureOr<func::FuncOp> emitGemmKernel(OpBuilder &b, Location loc, const GemmKernelSpec &spec);
 
-/// Spec of a function that gathers rows into a rows16 block.
+/// Spec of a function that gathers rows into a rows16 or rows32 block.
 struct PackKernelSpec {
   KernelLevel level = KernelLevel::V4;
   bool bf16Source = false;
   /// Round f32 sources to bf16 values.
   bool bf16Compute = false;
+  /// A rows32 block; the values are bf16, so f32 sources are rounded.
+  bool bf16Block = false;
   /// Rows are taken through pair[i] / k.
   bool gather = false;
   std::string getName() const;

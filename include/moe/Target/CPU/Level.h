@@ -34,6 +34,7 @@ struct CPULevel {
   unsigned vectorRegisters;  ///< how many there are
   bool implemented;          ///< false: the name is known, `refusal` says why it is not emitted
   llvm::StringRef refusal;   ///< one sentence; empty where implemented
+  bool bf16Products;         ///< rows of bf16 times weights of bf16 are products of bf16 pairs
 
   /// f32 elements of one register: 8 or 16.
   unsigned lanes() const { return vectorBits / 32; }
@@ -45,7 +46,7 @@ llvm::ArrayRef<CPULevel> cpuLevels();
 /// The level of that name, or null.
 const CPULevel *findCPULevel(llvm::StringRef name);
 
-/// "`x86-64-v3`, `x86-64-v4`": the implemented ones, for messages.
+/// "`x86-64-v3`, `x86-64-v4`, `avx512-bf16`": the implemented ones, for messages.
 std::string implementedLevelNames();
 
 /// Writes the attributes on a func.func or llvm.func that make LLVM emit code for `level`

@@ -30,6 +30,11 @@ def MoECloneVariants : Pass<"moe-clone-variants", "::mlir::ModuleOp"> {
     type of x (f32, bf16) and per type of y (f32, bf16; an entry without y has one), writes
     `moe.target` on it and lists it in the layer's `entries`. The original is erased. x is rounded
     to the layer's compute type when read, y is rounded once when written.
+
+    At a level with products of bf16 (`avx512-bf16`) a function whose compute type and weights are
+    bf16 also rounds the rows between its matmuls to bf16: their tensors become bf16. A function
+    without such a product (f32 compute, f32 weights, or a router alone) has no code of its own at
+    that level: its entries name the clones of `x86-64-v4`.
   }];
   let options = [
     ListOption<"types", "types", "std::string",
@@ -55,7 +60,8 @@ def MoESelectStrategy : Pass<"moe-select-strategy", "::mlir::ModuleOp"> {
     The outer key is a function's name or a pattern with `*`, the inner one `router`,
     `grouped_matmul.<i>` (i-th of the function) or a pattern. Patterns apply in the order of the
     file. Fields: rows, panels, order ("b_first" | "a_first"), prefetch, chunk_rows,
-    panels_per_task.
+    panels_per_task. The product is not one of them: rows and weights of bf16 at a level with such
+    products are multiplied as bf16 pairs in every variant, a router never is.
   }];
   let options = [
     Option<"overrides", "overrides", "std::string", /*default=*/"\"\"",

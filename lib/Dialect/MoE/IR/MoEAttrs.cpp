@@ -310,7 +310,7 @@ LogicalResult TargetAttr::verify(function_ref<InFlightDiagnostic()> emitError, D
 }
 
 std::pair<int64_t, int64_t> UkernelAttr::getRegisterFile(StringRef level) {
-  if (level == kLevelV4)
+  if (level == kLevelV4 || level == kLevelAvx512Bf16)
     return {32, 16};
   if (level == kLevelV3)
     return {16, 8};
@@ -326,11 +326,12 @@ int64_t UkernelAttr::getVectorsPerRow() const {
 }
 
 LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, StringRef level,
-                                  int64_t rows, int64_t panels, KernelOrder, int64_t prefetch) {
+                                  int64_t rows, int64_t panels, KernelOrder, int64_t prefetch,
+                                  KernelProduct product) {
   auto [registers, lanes] = getRegisterFile(level);
   if (!registers)
-    return emitError() << "expected level of a micro-kernel to be x86-64-v3 or x86-64-v4, but got "
-                          "\""
+    return emitError() << "expected level of a micro-kernel to be x86-64-v3, x86-64-v4 or "
+                          "avx512-bf16, but got \""
                        << level << "\"" << (isKnownLevel(level) ? ", which has no code yet" : "");
   if (rows < 1 || rows > registers)
     return emitError() << "expected rows in [1, " << registers << "], but got " << rows;
@@ -343,6 +344,9 @@ LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, 
                        << ", which need " << needed;
   if (prefetch < 0)
     return emitError() << "expected prefetch to be at least 0 bytes, but got " << prefetch;
+  if (product == KernelProduct::DotBF16 && level != kLevelAvx512Bf16)
+    return emitError() << "expected product = dot_bf16 at level avx512-bf16 only, but got "
+                       << level;
   return success();
 }
 

@@ -92,6 +92,9 @@ LogicalResult PackRowsOp::verify() {
   // pack_rows_c1
   if (bool(getPair()) != bool(getSlots()))
     return emitOpError("expected via(%pair, %k), but got one of them");
+  // pack_rows_c2
+  if (cast<MemRefType>(getOut().getType()).getElementType().isBF16() && !getCompute().isBF16())
+    return emitOpError() << "expected compute = bf16 for a block of bf16, but got " << getCompute();
   return success();
 }
 
@@ -125,8 +128,17 @@ LogicalResult GemmTileOp::verify() {
   if (getRank(getOut()) != rank)
     return emitOpError() << "expected a result of rank " << rank << " into "
                          << stringifyResultForm(getForm()) << ", but got " << getRank(getOut());
-  if (getForm() != ResultForm::Rows &&
-      !cast<MemRefType>(getOut().getType()).getElementType().isF32())
+  // gemm_tile_c6
+  bool dot = getUkernel().getProduct() == KernelProduct::DotBF16;
+  if (cast<MemRefType>(getA().getType()).getElementType().isBF16() != dot)
+    return emitOpError() << "expected a block of " << (dot ? "bf16" : "f32")
+                         << " for product = " << stringifyKernelProduct(getUkernel().getProduct())
+                         << ", but got " << getA().getType();
+  auto format = dyn_cast<FormatAttr>(weight.getFormat());
+  if (dot && (!format || format.getValue() != PlainFormat::BF16))
+    return emitOpError() << "expected a weight of bf16 for product = dot_bf16, but got " << weight;
+  bool f32 = cast<MemRefType>(getOut().getType()).getElementType().isF32();
+  if (!f32 && (combine || (getForm() == ResultForm::Blocked && !dot)))
     return emitOpError() << "expected a result of f32 into " << stringifyResultForm(getForm())
                          << ", but got " << getOut().getType();
   if (combine &&

@@ -82,7 +82,8 @@ FailureOr<KernelLevel> KernelEmitter::getLevel(Operation *op) {
            << MoEDialect::kTargetAttrName << " around it, but got none";
   std::optional<KernelLevel> level = parseKernelLevel(target.getLevel());
   if (!level)
-    return op->emitOpError("expected a level with kernels (x86-64-v3, x86-64-v4), but got ")
+    return op->emitOpError("expected a level with kernels (x86-64-v3, x86-64-v4, avx512-bf16), "
+                           "but got ")
            << target.getLevel();
   return *level;
 }
@@ -133,7 +134,8 @@ FailureOr<GemmKernelSpec> KernelEmitter::getSpec(GemmTileOp op) {
   UkernelAttr ukernel = op.getUkernel();
   std::optional<KernelLevel> level = parseKernelLevel(ukernel.getLevel());
   if (!level)
-    return op.emitOpError("expected a micro-kernel of x86-64-v3 or x86-64-v4, but got ")
+    return op.emitOpError("expected a micro-kernel of x86-64-v3, x86-64-v4 or avx512-bf16, but "
+                          "got ")
            << ukernel.getLevel();
   WeightType weight = op.getWeight().getType();
   auto format = dyn_cast<FormatAttr>(weight.getFormat());
@@ -147,10 +149,12 @@ FailureOr<GemmKernelSpec> KernelEmitter::getSpec(GemmTileOp op) {
   spec.panels = ukernel.getPanels();
   spec.prefetch = ukernel.getPrefetch();
   spec.bf16Weights = format.getValue() == PlainFormat::BF16;
+  spec.product = ukernel.getProduct();
   spec.parts = weight.getParts();
   switch (op.getForm()) {
   case ResultForm::Blocked:
     spec.form = KernelForm::Blocked;
+    spec.bf16Result = cast<MemRefType>(op.getOut().getType()).getElementType().isBF16();
     break;
   case ResultForm::Rows:
     spec.form = KernelForm::Rows;
@@ -191,15 +195,33 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
       UnrealizedConversionCastOp::create(b, k.loc, k.ptr(), op.getWeight()).getResult(0);
   Value number = k.add(k.mul(toI64(k, op.getExpert()), weight.panelCount()), panel);
   SmallVector<Value> args = {a->pointer, k.at(weights, k.mul(number, panelBytes)),
-                             k.index(llvm::divideCeil(weight.getCols(), 16)), k.index(panelBytes)};
+                             k.index(llvm::divideCeil(weight.getCols(), spec.isDot() ? 32 : 16)),
+                             k.index(panelBytes)};
   Value firstColumn = k.mul(panel, panelCols);
   Value row = op.getRow() ? toI64(k, op.getRow()) : Value();
   switch (spec.form) {
   case KernelForm::Blocked: {
     Value groupBytes = k.mul(count, 64);
-    Value group = k.mul(panel, panelCols / 16);
+    Value columns = k.sub(k.index(weight.getRows()), firstColumn);
+    if (spec.bf16Result && panelCols == 16) {
+      // Two panels share a group of 32 columns; a last panel alone zeroes the half after it.
+      Value half = arith::AndIOp::create(b, k.loc, panel, k.index(1));
+      Value group = arith::ShRUIOp::create(b, k.loc, panel, k.index(1));
+      args.push_back(k.at(k.at(out->pointer, k.mul(group, groupBytes)), k.mul(half, 32)));
+      args.push_back(columns);
+      if (spec.panels == 1) {
+        Value last = weight.panelCount() % 2
+                         ? arith::CmpIOp::create(b, k.loc, arith::CmpIPredicate::eq, panel,
+                                                 k.index(weight.panelCount() - 1))
+                               .getResult()
+                         : arith::ConstantIntOp::create(b, k.loc, 0, 1).getResult();
+        args.push_back(arith::ExtUIOp::create(b, k.loc, k.i64(), last));
+      }
+      break;
+    }
+    Value group = k.mul(panel, spec.bf16Result ? 1 : panelCols / 16);
     args.push_back(k.at(out->pointer, k.mul(group, groupBytes)));
-    args.push_back(k.sub(k.index(weight.getRows()), firstColumn));
+    args.push_back(columns);
     break;
   }
   case KernelForm::Rows: {
@@ -317,7 +339,8 @@ LogicalResult KernelEmitter::lower(PackRowsOp op) {
   PackKernelSpec spec;
   spec.level = *level;
   spec.bf16Source = rowsType.getElementType().isBF16();
-  spec.bf16Compute = !spec.bf16Source && op.getCompute().isBF16();
+  spec.bf16Block = cast<MemRefType>(op.getOut().getType()).getElementType().isBF16();
+  spec.bf16Compute = !spec.bf16Block && !spec.bf16Source && op.getCompute().isBF16();
   spec.gather = static_cast<bool>(op.getPair());
   FailureOr<func::FuncOp> kernel =
       get(spec.getName(), [&](OpBuilder &at) { return emitPackKernel(at, op.getLoc(), spec); });

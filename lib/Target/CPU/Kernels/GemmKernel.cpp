@@ -26,7 +26,7 @@ using namespace mlir::moe;
 std::optional<KernelLevel> moe::parseKernelLevel(StringRef level) {
   if (level == "x86-64-v3")
     return KernelLevel::V3;
-  if (level == "x86-64-v4")
+  if (level == "x86-64-v4" || level == "avx512-bf16")
     return KernelLevel::V4;
   return std::nullopt;
 }
@@ -77,9 +77,9 @@ static std::string hashRegion(Region &region) {
 }
 
 std::string GemmKernelSpec::getName() const {
+  const char *word = isDot() ? "dot" : level == KernelLevel::V3 ? "v3" : "v4";
   std::string name =
-      llvm::formatv("moe_gemm_{0}_r{1}_p{2}_{3}", level == KernelLevel::V3 ? "v3" : "v4", rows,
-                    panels, bf16Weights ? "bf16" : "f32");
+      llvm::formatv("moe_gemm_{0}_r{1}_p{2}_{3}", word, rows, panels, bf16Weights ? "bf16" : "f32");
   if (prefetch)
     name += llvm::formatv("_pf{0}", prefetch).str();
   if (order != LoadOrder::Automatic)
@@ -96,7 +96,7 @@ std::string GemmKernelSpec::getName() const {
     break;
   }
   name += llvm::utostr(parts);
-  if (form != KernelForm::Blocked)
+  if (form != KernelForm::Blocked || isDot())
     name += bf16Result ? "_bf16" : "_f32";
   if (epilogue)
     name += (epilogueName.empty() ? "" : "_" + epilogueName) + "_" + hashRegion(*epilogue);
@@ -124,8 +124,17 @@ LogicalResult GemmKernelSpec::verify(Location loc) const {
   if (form == KernelForm::Blocked && parts != 1 && !epilogue)
     return emitError(loc) << "kernel: expected a region to merge the parts of the blocked form, "
                              "but got none";
-  if (form == KernelForm::Blocked && bf16Result)
-    return emitError(loc) << "kernel: expected f32 in the blocked form, but got bf16";
+  if (isDot() && (level != KernelLevel::V4 || !bf16Weights))
+    return emitError(loc) << "kernel: expected x86-64-v4 and weights of bf16 for products of bf16, "
+                             "but got "
+                          << getLevelName(level) << " and " << (bf16Weights ? "bf16" : "f32");
+  if (form == KernelForm::Blocked && bf16Result && !isDot())
+    return emitError(loc) << "kernel: expected f32 in the blocked form of multiply-adds, but got "
+                             "bf16";
+  if (form == KernelForm::Blocked && bf16Result && parts == 2 && panels > 1 && panels % 2)
+    return emitError(loc) << "kernel: expected 1 or an even number of panels of 16 columns in a "
+                             "blocked result of bf16, but got "
+                          << panels;
   if (epilogue) {
     bool valid = epilogue->hasOneBlock() && epilogue->getNumArguments() == parts &&
                  epilogue->front().getTerminator()->getNumOperands() == 1;
@@ -142,12 +151,15 @@ LogicalResult GemmKernelSpec::verify(Location loc) const {
 // KernelBuilder
 //===----------------------------------------------------------------------===//
 
-func::FuncOp KernelBuilder::start(StringRef name, KernelLevel level, ArrayRef<Type> args) {
+func::FuncOp KernelBuilder::start(StringRef name, KernelLevel level, ArrayRef<Type> args,
+                                  StringRef feature) {
   MLIRContext *context = b.getContext();
   auto function = func::FuncOp::create(b, loc, name, b.getFunctionType(args, {}));
   function.setPrivate();
   function->setAttr("llvm.linkage", LLVM::LinkageAttr::get(context, LLVM::Linkage::Internal));
   function->setAttr("target_cpu", b.getStringAttr(getLevelName(level)));
+  if (!feature.empty())
+    function->setAttr("target_features", LLVM::TargetFeaturesAttr::get(context, {feature}));
   // The scheduler models of most CPUs move loads up for their latency; this one keeps the emitted
   // order, which is what fits the registers. The instructions are those of the level.
   function->setAttr("tune_cpu", b.getStringAttr("znver3"));
@@ -184,10 +196,17 @@ public:
 private:
   SmallVector<Value> emitProduct();
   SmallVector<Value> emitSteps(Value a, Value bRow, int64_t steps, SmallVector<Value> acc);
+  Value loadA(Value a, int64_t row, int64_t step);
   Value loadB(ArrayRef<Value> panelRows, int64_t vector, bool odd);
+  Value product(Value a, Value b, Value acc);
   LogicalResult forEachRow(ArrayRef<Value> acc,
                            function_ref<LogicalResult(Value, ArrayRef<Value>)> store);
   FailureOr<Value> applyEpilogue(ArrayRef<Value> acc, int64_t p, int64_t s);
+  /// Whether the kernel writes half of a group and may have to zero the other half.
+  bool fillsGroup() const {
+    return spec.form == KernelForm::Blocked && spec.bf16Result && spec.panels == 1 &&
+           spec.parts == 2;
+  }
   LogicalResult storeBlocked(Value row, ArrayRef<Value> acc);
   LogicalResult storeRows(Value row, ArrayRef<Value> acc, bool whole);
   Value realLanes(int64_t column, Value limit);
@@ -195,6 +214,8 @@ private:
 
   /// Keeps the odd k of pairs.
   Value highMask() { return splatI32(k.b, k.loc, lanes, static_cast<int32_t>(0xffff0000)); }
+  /// Steps of k that a row of 128 bytes of the panel takes.
+  int64_t stepsPerRow() const { return spec.bf16Weights && !spec.isDot() ? 2 : 1; }
   /// Output columns of a panel, and the vectors that hold them (parts merged).
   int64_t panelColumns() const { return 32 / spec.parts; }
   int64_t outVectors() const { return panelVectors / spec.parts; }
@@ -208,11 +229,34 @@ private:
 
 } // namespace
 
-/// Vector `vector` of one row of the panels as f32: one k of f32 weights, or the even or odd k of
-/// a row of bf16 pairs.
+/// Element `step` of a row of the group at `a` in every lane: one k in f32, or a pair of bf16.
+Value GemmEmitter::loadA(Value a, int64_t row, int64_t step) {
+  OpBuilder &b = k.b;
+  Type element = spec.isDot() ? Type(b.getI32Type()) : b.getF32Type();
+  Value scalar = k.load(element, k.at(a, row * 64 + step * 4));
+  Value v = vector::BroadcastOp::create(b, k.loc, k.vec(lanes, element), scalar);
+  return spec.isDot() ? vector::BitCastOp::create(b, k.loc, k.vec(2 * lanes, b.getBF16Type()), v)
+                      : v;
+}
+
+/// acc + a * b, for each of a pair in turn.
+Value GemmEmitter::product(Value av, Value bv, Value acc) {
+  OpBuilder &b = k.b;
+  if (!spec.isDot())
+    return vector::FMAOp::create(b, k.loc, av, bv, acc);
+  return LLVM::CallIntrinsicOp::create(b, k.loc, acc.getType(),
+                                       b.getStringAttr("llvm.x86.avx512bf16.dpbf16ps.512"),
+                                       ValueRange{acc, av, bv})
+      .getResult(0);
+}
+
+/// Vector `vector` of one row of the panels: one k of f32 weights, a row of bf16 pairs, or its even
+/// or odd k as f32.
 Value GemmEmitter::loadB(ArrayRef<Value> panelRows, int64_t vector, bool odd) {
   OpBuilder &b = k.b;
   Value p = k.at(panelRows[vector / panelVectors], (vector % panelVectors) * lanes * 4);
+  if (spec.isDot())
+    return k.load(k.vec(2 * lanes, b.getBF16Type()), p);
   if (!spec.bf16Weights)
     return k.load(k.vec(lanes, b.getF32Type()), p);
   Value pairs = k.load(k.vec(lanes, b.getI32Type()), p);
@@ -226,24 +270,20 @@ Value GemmEmitter::loadB(ArrayRef<Value> panelRows, int64_t vector, bool odd) {
   return vector::BitCastOp::create(b, k.loc, k.vec(lanes, b.getF32Type()), high);
 }
 
-/// Steps of k for `steps` rows of b: acc[r][v] += a[r] * b[v]. `a` points at element (0, k) of the
-/// rows16 group, `bRow` at the first row of the first panel. The order of emission is what keeps
-/// the registers: the fewer of the two operands is held whole, the other passes through one
+/// Steps of k for `steps` rows of b: acc[r][v] += a[r] * b[v]. `a` points at element (0, k) of a
+/// group of the block, `bRow` at the first row of the first panel. The order of emission is what
+/// keeps the registers: the fewer of the two operands is held whole, the other passes through one
 /// register.
 SmallVector<Value> GemmEmitter::emitSteps(Value a, Value bRow, int64_t steps,
                                           SmallVector<Value> acc) {
   OpBuilder &b = k.b;
-  int64_t halves = spec.bf16Weights ? 2 : 1;
+  int64_t halves = stepsPerRow();
   auto barrier = [&] {
     LLVM::FenceOp::create(b, k.loc, LLVM::AtomicOrdering::acq_rel, "singlethread");
   };
   // Within a step as many loads may move up as there are free registers; a widened load takes two.
   int64_t free = getLevelRegisters(spec.level) - spec.getRegisters();
   int64_t ahead = std::max<int64_t>(1, free / 2);
-  auto loadA = [&](int64_t row, int64_t step) -> Value {
-    Value scalar = k.load(b.getF32Type(), k.at(a, row * 64 + step * 4));
-    return vector::BroadcastOp::create(b, k.loc, k.vec(lanes, b.getF32Type()), scalar);
-  };
   for (int64_t row = 0; row < steps; ++row) {
     SmallVector<Value> panelRows;
     for (int64_t p = 0; p < spec.panels; ++p) {
@@ -263,7 +303,7 @@ SmallVector<Value> GemmEmitter::emitSteps(Value a, Value bRow, int64_t steps,
         barrier();
       auto fma = [&](int64_t r, int64_t v, Value av, Value bv) {
         Value &c = acc[r * vectors + v];
-        c = vector::FMAOp::create(b, k.loc, av, bv, c);
+        c = product(av, bv, c);
       };
       if (spec.isBFirst()) {
         SmallVector<Value> bv;
@@ -272,14 +312,14 @@ SmallVector<Value> GemmEmitter::emitSteps(Value a, Value bRow, int64_t steps,
         for (int64_t r = 0; r < spec.rows; ++r) {
           if (r && r % ahead == 0)
             barrier();
-          Value av = loadA(r, step);
+          Value av = loadA(a, r, step);
           for (int64_t v = 0; v < vectors; ++v)
             fma(r, v, av, bv[v]);
         }
       } else {
         SmallVector<Value> av;
         for (int64_t r = 0; r < spec.rows; ++r)
-          av.push_back(loadA(r, step));
+          av.push_back(loadA(a, r, step));
         for (int64_t v = 0; v < vectors; ++v) {
           if (v && v % ahead == 0)
             barrier();
@@ -293,12 +333,11 @@ SmallVector<Value> GemmEmitter::emitSteps(Value a, Value bRow, int64_t steps,
   return acc;
 }
 
-/// The accumulators of the tile, row by row: a loop over the groups of 16 columns of a, and in it
+/// The accumulators of the tile, row by row: a loop over the groups of columns of a, and in it
 /// a loop over the group's rows of b unless they are unrolled whole.
 SmallVector<Value> GemmEmitter::emitProduct() {
   OpBuilder &b = k.b;
-  int64_t stepsPerRow = spec.bf16Weights ? 2 : 1;
-  int64_t groupRows = 16 / stepsPerRow;
+  int64_t stepsPerRow = this->stepsPerRow(), groupRows = 16 / stepsPerRow;
   // About 48 multiply-adds per loop body: the counter and the branch are then noise, and the body
   // stays within the cache of decoded instructions.
   int64_t unroll = 1;
@@ -382,6 +421,7 @@ LogicalResult GemmEmitter::storeBlocked(Value row, ArrayRef<Value> acc) {
   // padding of the weights), and the next product would spread it over the row.
   Value zero = splatF32(b, k.loc, lanes, 0.0f);
   Value to = k.at(out, k.mul(row, 64));
+  int64_t group = spec.bf16Result ? 32 : 16; // columns in 64 bytes
   for (int64_t p = 0; p < spec.panels; ++p)
     for (int64_t s = 0; s < outVectors(); ++s) {
       int64_t column = p * panelColumns() + s * lanes;
@@ -390,8 +430,14 @@ LogicalResult GemmEmitter::storeBlocked(Value row, ArrayRef<Value> acc) {
       if (failed(value))
         return failure();
       Value masked = arith::SelectOp::create(b, k.loc, real, *value, zero);
-      k.store(masked, k.at(to, (column / 16) * spec.rows * 64 + (column % 16) * 4));
+      k.storeF32(masked,
+                 k.at(to, (column / group) * spec.rows * 64 + (column % group) * (64 / group)),
+                 spec.bf16Result);
     }
+  if (fillsGroup()) {
+    Value fill = arith::CmpIOp::create(b, k.loc, arith::CmpIPredicate::ne, formArgs[1], k.index(0));
+    k.ifThen(fill, [&] { k.store(splatI32(b, k.loc, 8, 0), k.at(to, 32)); });
+  }
   return success();
 }
 
@@ -466,7 +512,7 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
   SmallVector<Type> args = {ptr, ptr, i64, i64, ptr};
   switch (spec.form) {
   case KernelForm::Blocked:
-    args.push_back(i64);
+    args.append(fillsGroup() ? 2 : 1, i64);
     break;
   case KernelForm::Rows:
     args.append({i64, i64, i64});
@@ -477,7 +523,8 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
       args.append({ptr, ptr, i64});
     break;
   }
-  func::FuncOp function = k.start(spec.getName(), spec.level, args);
+  func::FuncOp function =
+      k.start(spec.getName(), spec.level, args, spec.isDot() ? "+avx512bf16" : "");
   aBlock = function.getArgument(0);
   bPanels = function.getArgument(1);
   groups = function.getArgument(2);
@@ -493,7 +540,7 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
   // at every use (volatile: the compiler would keep it in a register, and spill an accumulator).
   // AVX2 code widens into a second register, so it runs out earlier.
   int64_t spare = spec.level == KernelLevel::V3 ? 6 : spec.isBFirst();
-  if (spec.bf16Weights && spec.getRegisters() + spare >= getLevelRegisters(spec.level)) {
+  if (stepsPerRow() == 2 && spec.getRegisters() + spare >= getLevelRegisters(spec.level)) {
     maskSlot = LLVM::AllocaOp::create(k.b, k.loc, ptr, k.b.getF32Type(), k.index(lanes), 64);
     k.store(highMask(), maskSlot);
   }

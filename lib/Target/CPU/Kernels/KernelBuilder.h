@@ -115,14 +115,19 @@ public:
   void storeF32(Value v, Value p, bool bf16) {
     if (!bf16)
       return store(v, p);
+    storeBF16Bits(emitRoundToBF16Bits(b, loc, v), p);
+  }
+
+  /// As above for the bits alone, in the low halves.
+  void storeBF16Bits(Value v, Value p) {
     int64_t lanes = cast<VectorType>(v.getType()).getNumElements();
-    Value bits = emitRoundToBF16Bits(b, loc, v);
-    store(arith::TruncIOp::create(b, loc, vec(lanes, b.getI16Type()), bits), p);
+    store(arith::TruncIOp::create(b, loc, vec(lanes, b.getI16Type()), v), p);
   }
 
   /// A private function of `level` with `args` in which the builder is left; finish() returns
-  /// from it and restores the builder.
-  func::FuncOp start(StringRef name, KernelLevel level, ArrayRef<Type> args);
+  /// from it and restores the builder. `feature`: one beyond the level's, as "+avx512bf16".
+  func::FuncOp start(StringRef name, KernelLevel level, ArrayRef<Type> args,
+                     StringRef feature = "");
   void finish();
 
 private:

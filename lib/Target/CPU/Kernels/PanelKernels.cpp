@@ -18,7 +18,10 @@ static const char *levelWord(KernelLevel level) { return level == KernelLevel::V
 
 std::string PackKernelSpec::getName() const {
   return (Twine("moe_pack_") + levelWord(level) + (bf16Source ? "_bf16" : "_f32") +
-          (bf16Compute && !bf16Source ? "_round" : "") + (gather ? "_gather" : ""))
+          (bf16Block                    ? "_block32"
+           : bf16Compute && !bf16Source ? "_round"
+                                        : "") +
+          (gather ? "_gather" : ""))
       .str();
 }
 
@@ -43,9 +46,17 @@ func::FuncOp moe::emitPackKernel(OpBuilder &b, Location loc, const PackKernelSpe
   int64_t elementBytes = spec.bf16Source ? 2 : 4;
   bool round = spec.bf16Compute && !spec.bf16Source;
   int64_t lanes = getLevelLanes(spec.level);
-  Value whole = arith::ShRUIOp::create(b, loc, columns, k.index(4)); // groups of 16 real columns
-  Value rest = arith::AndIOp::create(b, loc, columns, k.index(15));
+  int64_t width = spec.bf16Block ? 32 : 16, outBytes = 64 / width; // a group's columns
+  Value whole = arith::ShRUIOp::create(b, loc, columns, k.index(spec.bf16Block ? 5 : 4));
+  Value rest = arith::AndIOp::create(b, loc, columns, k.index(width - 1));
   Value groupBytes = k.mul(rows, 64);
+  // `count` elements from p to q.
+  auto copy = [&](Value p, Value q, int64_t count) {
+    if (spec.bf16Block && spec.bf16Source)
+      return k.store(k.load(k.vec(count, b.getI16Type()), p), q);
+    Value v = k.loadF32(p, count, spec.bf16Source);
+    k.storeF32(round && !spec.bf16Block ? emitRoundToBF16(b, loc, v) : v, q, spec.bf16Block);
+  };
 
   k.loop(rows, 1, [&](Value row) {
     Value source = row;
@@ -56,23 +67,20 @@ func::FuncOp moe::emitPackKernel(OpBuilder &b, Location loc, const PackKernelSpe
     Value from = k.at(x, k.mul(source, rowBytes));
     Value to = k.at(out, k.mul(row, 64));
     k.loop(whole, 1, [&](Value group) {
-      Value p = k.at(from, k.mul(group, 16 * elementBytes));
+      Value p = k.at(from, k.mul(group, width * elementBytes));
       Value q = k.at(to, k.mul(group, groupBytes));
-      for (int64_t c = 0; c < 16; c += lanes) {
-        Value v = k.loadF32(k.at(p, c * elementBytes), lanes, spec.bf16Source);
-        k.store(round ? emitRoundToBF16(b, loc, v) : v, k.at(q, c * 4));
-      }
+      for (int64_t c = 0; c < width; c += lanes)
+        copy(k.at(p, c * elementBytes), k.at(q, c * outBytes), lanes);
     });
     // The last group, one by one: nothing is read beyond the row.
     k.ifThen(k.less(k.index(0), rest), [&] {
-      Value p = k.at(from, k.mul(whole, 16 * elementBytes));
+      Value p = k.at(from, k.mul(whole, width * elementBytes));
       Value q = k.at(to, k.mul(whole, groupBytes));
       Value zero = splatF32(b, loc, lanes, 0.0f);
       for (int64_t c = 0; c < 16; c += lanes)
         k.store(zero, k.at(q, c * 4));
       k.loop(rest, 1, [&](Value column) {
-        Value v = k.loadF32(k.at(p, k.mul(column, elementBytes)), 1, spec.bf16Source);
-        k.store(round ? emitRoundToBF16(b, loc, v) : v, k.at(q, k.mul(column, 4)));
+        copy(k.at(p, k.mul(column, elementBytes)), k.at(q, k.mul(column, outBytes)), 1);
       });
     });
   });

@@ -5,14 +5,17 @@
 //
 //===----------------------------------------------------------------------===//
 //
-// moe-kernel-test --level=x86-64-v3|x86-64-v4 [--asm FILE] [--ir FILE] [--no-run] [--exhaustive]
-//                 [--only TEXT] [--bench DEPTH]
+// moe-kernel-test --level=x86-64-v3|x86-64-v4|avx512-bf16 [--asm FILE] [--ir FILE] [--no-run]
+//                 [--exhaustive] [--only TEXT] [--bench DEPTH]
 //
 // Emits every tile of the level's register budget in every weight format and form, compiles them
 // with LLVM's default O3 pipeline and checks them in this process. Products must equal a loop of
 // std::fma bit for bit (which is what makes the bits independent of the tile), and a float64 loop
 // within f32 accuracy; activations are compared with float64. Every output starts as NaN and has
 // guard bytes on both sides that must survive. --asm writes the assembly for asm_loops.py.
+//
+// avx512-bf16 builds what that level has beyond x86-64-v4, the products of bf16 pairs; their loop
+// is a software model of vdpbf16ps (see Operands::chain).
 //
 //===----------------------------------------------------------------------===//
 
@@ -55,8 +58,8 @@
 using namespace mlir;
 using namespace mlir::moe;
 
-static llvm::cl::opt<std::string> levelName("level", llvm::cl::desc("x86-64-v3 or x86-64-v4"),
-                                            llvm::cl::Required);
+static llvm::cl::opt<std::string>
+    levelName("level", llvm::cl::desc("x86-64-v3, x86-64-v4, avx512-bf16"), llvm::cl::Required);
 static llvm::cl::opt<std::string> asmFile("asm", llvm::cl::desc("write the assembly here"));
 static llvm::cl::opt<std::string> irFile("ir", llvm::cl::desc("write the optimized LLVM IR here"));
 static llvm::cl::opt<int64_t> bench("bench", llvm::cl::desc("time products of this depth"));
@@ -64,6 +67,8 @@ static llvm::cl::opt<bool> noRun("no-run", llvm::cl::desc("compile only"));
 static llvm::cl::opt<bool> exhaustive("exhaustive", llvm::cl::desc("math on every float"));
 static llvm::cl::opt<std::string> only("only", llvm::cl::desc("kernels whose name contains this"));
 
+/// The level multiplies pairs of bf16.
+static bool dotLevel = false;
 static int failures = 0;
 
 template <typename... Args> static void fail(const char *format, Args &&...args) {
@@ -220,7 +225,10 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
   for (int64_t panels = 1; panels <= GemmKernelSpec::getMaxPanels(level); ++panels)
     for (int64_t rows = 1; rows <= 16; ++rows)
       for (bool bf16 : {false, true}) {
+        if (dotLevel && !bf16)
+          continue;
         GemmKernelSpec spec;
+        spec.product = dotLevel ? KernelProduct::DotBF16 : KernelProduct::Fma;
         spec.level = level;
         spec.rows = rows;
         spec.panels = panels;
@@ -236,6 +244,8 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
         s = spec;
         s.form = KernelForm::Blocked;
         s.parts = 2;
+        // Half groups of a bf16 block come from one panel or from pairs of panels.
+        s.bf16Result = dotLevel && (panels == 1 || panels % 2 == 0);
         add(s, "silu");
         // The other forms and activations on a few tiles: they share the loop.
         bool few = panels <= 2 && (rows <= 3 || rows == 6 || rows == 14);
@@ -244,6 +254,10 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
         s.parts = 1;
         add(s);
         add(s, "silu1");
+        if (dotLevel) {
+          s.bf16Result = false;
+          add(s);
+        }
         s.parts = 2;
         add(s, "gelu");
         add(s, "gelu_tanh");
@@ -276,10 +290,13 @@ struct Operands {
   std::vector<float> a, b; // [rows][depth], [depth][panels*32] by lane
   Buffer aBlock, bPanels;
 
-  static int64_t bytesA(int64_t rows, int64_t depth) { return (depth + 15) / 16 * 16 * rows * 4; }
+  static int64_t bytesA(int64_t rows, int64_t depth) {
+    return dotLevel ? (depth + 31) / 32 * 32 * rows * 2 : (depth + 15) / 16 * 16 * rows * 4;
+  }
 
   Operands(std::mt19937 &random, int64_t rows, int64_t panels, int64_t depth, bool bf16)
-      : rows(rows), panels(panels), depth(depth), groups((depth + 15) / 16),
+      : rows(rows), panels(panels), depth(depth),
+        groups(dotLevel ? (depth + 31) / 32 : (depth + 15) / 16),
         panelBytes((depth + 31) / 32 * 32 * 32 * (bf16 ? 2 : 4)), bf16(bf16), a(rows * depth),
         b(depth * panels * 32), aBlock(bytesA(rows, depth)), bPanels(panelBytes * panels) {
     std::normal_distribution<float> normal;
@@ -290,6 +307,13 @@ struct Operands {
       if (bf16)
         v = fromBF16(toBF16(v));
     }
+    if (dotLevel) {
+      // Rows of bf16, some of them subnormal; the first column's sums are subnormal for a while.
+      for (float &v : a)
+        v = random() % 16 ? fromBF16(toBF16(v)) : floatOf((random() & 0x807f) << 16);
+      for (int64_t k = 0; k < depth; ++k)
+        b[k * panels * 32] = k < depth / 2 ? floatOf((0x0100 + random() % 64) << 16) : 0.5f;
+    }
     pack();
   }
   void pack() {
@@ -297,7 +321,10 @@ struct Operands {
     std::memset(bPanels.data(), 0, panelBytes * panels);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t k = 0; k < depth; ++k)
-        aBlock.as<float>()[k / 16 * rows * 16 + r * 16 + k % 16] = a[r * depth + k];
+        if (dotLevel)
+          aBlock.as<uint16_t>()[k / 32 * rows * 32 + r * 32 + k % 32] = toBF16(a[r * depth + k]);
+        else
+          aBlock.as<float>()[k / 16 * rows * 16 + r * 16 + k % 16] = a[r * depth + k];
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t c = 0; c < panels * 32; ++c) {
         char *panel = bPanels.data() + c / 32 * panelBytes;
@@ -308,9 +335,22 @@ struct Operands {
           reinterpret_cast<float *>(panel)[k * 32 + c % 32] = v;
       }
   }
-  /// Lane c of row r: one chain of fused multiply-adds, k ascending.
+  /// Zero, with its sign, for subnormals.
+  static float flush(float v) { return std::fpclassify(v) == FP_SUBNORMAL ? v * 0.0f : v; }
+  /// Lane c of row r: one chain of fused multiply-adds, k ascending. vdpbf16ps takes pairs of k, of
+  /// each first the odd one, and reads and writes subnormals as zero (Intel's manual; an EPYC of
+  /// Zen 4 agrees bit for bit).
   float chain(int64_t r, int64_t c) const {
     float sum = 0.0f;
+    if (dotLevel) {
+      for (int64_t pair = 0; pair < depth; pair += 2)
+        for (int64_t k : {pair + 1, pair})
+          if (k < depth)
+            sum = flush(std::fma(flush(a[r * depth + k]), flush(b[k * panels * 32 + c]), sum));
+          else
+            sum = flush(std::fma(0.0f, 0.0f, sum));
+      return sum;
+    }
     for (int64_t k = 0; k < depth; ++k)
       sum = std::fma(a[r * depth + k], b[k * panels * 32 + c], sum);
     return sum;
@@ -326,6 +366,13 @@ struct Operands {
     return sum;
   }
 };
+
+/// Element (r, c) of a blocked result.
+static float blockedAt(const GemmKernelSpec &spec, Buffer &out, int64_t r, int64_t c) {
+  if (spec.bf16Result)
+    return fromBF16(out.as<uint16_t>()[c / 32 * spec.rows * 32 + r * 32 + c % 32]);
+  return out.as<float>()[c / 16 * spec.rows * 16 + r * 16 + c % 16];
+}
 
 static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 &random) {
   const GemmKernelSpec &spec = test.spec;
@@ -353,6 +400,8 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
   auto compare = [&](int64_t r, int64_t c, int64_t part, float got) {
     if (test.activation.empty()) {
       float want = chain[r * lanes + laneOf(c, part)];
+      if (spec.form == KernelForm::Blocked && spec.bf16Result)
+        want = fromBF16(toBF16(want));
       if (!sameBits(want, got))
         fail("{0}: expected {1}, but got {2}", where(r, c), want, got);
       return;
@@ -361,6 +410,8 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
     double up = spec.parts == 2 ? chain[r * lanes + laneOf(c, 1)] : 1.0;
     double want = activate(test.activation, gate, up);
     double bound = 4e-7 * std::fabs(want) + 1.5e-7 * std::fabs(gate * up);
+    if (spec.form == KernelForm::Blocked && spec.bf16Result)
+      bound += std::fabs(want) / 256; // half a unit of bf16
     if (!(std::fabs(want - got) <= bound))
       fail("{0}: expected {1}, but got {2}", where(r, c), want, got);
   };
@@ -369,21 +420,34 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
   switch (spec.form) {
   case KernelForm::Blocked: {
     auto kernel =
-        reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t)>(address);
-    for (int64_t real : {columns, columns + 100, columns - 1, columns - 15, int64_t(1)}) {
-      Buffer out(columns * rows * 4);
-      kernel(a, b, in.groups, in.panelBytes, out.data(), real);
-      if (!out.guardsHold())
-        fail("{0}: wrote outside its block", test.name);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c) {
-          float got = out.as<float>()[c / 16 * rows * 16 + r * 16 + c % 16];
-          if (c < real)
-            compare(r, c, 0, got);
-          else if (bitsOf(got) != 0)
-            fail("{0}: expected +0 in the padding, but got {1}", where(r, c), got);
+        reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, int64_t)>(
+            address);
+    // One panel of 16 columns writes half of a group of a bf16 block: the first alone, the first
+    // and zeros after it, the second.
+    bool half = spec.bf16Result && columns == 16;
+    for (int place = 0; place < (half ? 3 : 1); ++place)
+      for (int64_t real : {columns, columns + 100, columns - 1, columns - 15, int64_t(1)}) {
+        Buffer out(spec.bf16Result ? (columns + 31) / 32 * rows * 64 : columns * rows * 4);
+        kernel(a, b, in.groups, in.panelBytes, out.data() + (place == 2 ? 32 : 0), real,
+               place == 1);
+        if (!out.guardsHold())
+          fail("{0}: wrote outside its block", test.name);
+        for (int64_t r = 0; half && r < rows; ++r) {
+          int64_t other = r * 64 + (place == 2 ? 0 : 32);
+          bool zero = std::all_of(out.data() + other, out.data() + other + 32,
+                                  [](char byte) { return byte == 0; });
+          if (place == 1 ? !zero : !out.untouched(other, other + 32))
+            fail("{0}: the other half of row {1}'s group is wrong", test.name, r);
         }
-    }
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < columns; ++c) {
+            float got = blockedAt(spec, out, r, c + (place == 2 ? 16 : 0));
+            if (c < real)
+              compare(r, c, 0, got);
+            else if (bitsOf(got) != 0)
+              fail("{0}: expected +0 in the padding, but got {1}", where(r, c), got);
+          }
+      }
     break;
   }
   case KernelForm::Rows: {
@@ -506,11 +570,11 @@ static void checkGemmNaN(const GemmCase &test, void *address, std::mt19937 &rand
       in.b[k * spec.panels * 32 + spec.panels * 32 - 1 - part * (32 / spec.parts)] = 0;
   in.pack();
   Buffer out(columns * spec.rows * 4);
-  reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t)>(address)(
-      in.aBlock.data(), in.bPanels.data(), in.groups, in.panelBytes, out.data(), columns - 1);
+  reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, int64_t)>(address)(
+      in.aBlock.data(), in.bPanels.data(), in.groups, in.panelBytes, out.data(), columns - 1, 0);
   for (int64_t r = 0; r < spec.rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
-      float v = out.as<float>()[c / 16 * spec.rows * 16 + r * 16 + c % 16];
+      float v = blockedAt(spec, out, r, c);
       if (c == columns - 1 ? bitsOf(v) != 0 : r == 0 ? !std::isnan(v) : r != 2 && !std::isfinite(v))
         fail("{0}: NaN test, row {1} column {2} is {3}", test.name, r, c, v);
     }
@@ -611,7 +675,8 @@ static void checkPack(const PackKernelSpec &spec, void *address, std::mt19937 &r
   for (int64_t columns : {1, 8, 15, 16, 17, 33, 48, 130})
     for (int64_t rows : {1, 3, 14}) {
       int64_t element = spec.bf16Source ? 2 : 4, rowBytes = (columns + 5) * element;
-      int64_t tokens = 20, slots = 3, groups = (columns + 15) / 16;
+      int64_t tokens = 20, slots = 3, width = spec.bf16Block ? 32 : 16;
+      int64_t groups = (columns + width - 1) / width;
       // The last row ends exactly at the end of the source.
       std::vector<char> x(rowBytes * (tokens - 1) + columns * element);
       std::vector<float> values(tokens * columns);
@@ -627,7 +692,7 @@ static void checkPack(const PackKernelSpec &spec, void *address, std::mt19937 &r
             v = fromBF16(h);
           } else {
             std::memcpy(p, &v, 4);
-            if (spec.bf16Compute)
+            if (spec.bf16Compute || spec.bf16Block)
               v = fromBF16(toBF16(v));
           }
           values[t * columns + c] = v;
@@ -646,10 +711,11 @@ static void checkPack(const PackKernelSpec &spec, void *address, std::mt19937 &r
       if (!out.guardsHold())
         fail("{0}: wrote outside its block", spec.getName());
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < groups * 16; ++c) {
+        for (int64_t c = 0; c < groups * width; ++c) {
           int64_t t = spec.gather ? pairs[r] / slots : r;
           float want = c < columns ? values[t * columns + c] : 0.0f;
-          float got = out.as<float>()[c / 16 * rows * 16 + r * 16 + c % 16];
+          int64_t at = c / width * rows * width + r * width + c % width;
+          float got = spec.bf16Block ? fromBF16(out.as<uint16_t>()[at]) : out.as<float>()[at];
           if (!sameBits(want, got))
             fail("{0} columns {1} rows {2}: ({3}, {4}) expected {5}, but got {6}", spec.getName(),
                  columns, rows, r, c, want, got);
@@ -835,6 +901,7 @@ int main(int argc, char **argv) {
     llvm::errs() << "expected a level with kernels, but got " << levelName << "\n";
     return 2;
   }
+  dotLevel = levelName == "avx512-bf16";
   llvm::InitializeNativeTarget();
   llvm::InitializeNativeTargetAsmPrinter();
   llvm::InitializeNativeTargetAsmParser();
@@ -865,7 +932,8 @@ int main(int argc, char **argv) {
       return 1;
   std::vector<PackKernelSpec> packs;
   for (int i = 0; i < 8; ++i)
-    packs.push_back({*level, bool(i & 1), bool(i & 2), bool(i & 4)});
+    if (!dotLevel || !(i & 2))
+      packs.push_back({*level, bool(i & 1), bool(i & 2), dotLevel, bool(i & 4)});
   std::vector<PanelKernelSpec> panels;
   for (int i = 0; i < 4; ++i)
     panels.push_back({*level, bool(i & 1), bool(i & 2)});
@@ -899,6 +967,10 @@ int main(int argc, char **argv) {
   llvm::erase_if(packs, [&](const PackKernelSpec &s) { return !wanted(s.getName()); });
   // Rounding what is bf16 already is the same function.
   llvm::erase_if(packs, [](const PackKernelSpec &s) { return s.bf16Source && s.bf16Compute; });
+  if (dotLevel) { // The rest is the code of x86-64-v4.
+    panels.clear();
+    selects.clear();
+  }
   llvm::erase_if(panels, [&](const PanelKernelSpec &s) { return !wanted(s.getName()); });
   llvm::erase_if(selects, [&](const SelectKernelSpec &s) { return !wanted(s.getName()); });
   for (const PackKernelSpec &spec : packs)
@@ -907,7 +979,7 @@ int main(int argc, char **argv) {
     emitPanelKernel(b, loc, spec);
   for (const SelectKernelSpec &spec : selects)
     emitSelectKernel(b, loc, spec);
-  bool math = wanted("math");
+  bool math = wanted("math") && !dotLevel;
   if (math) {
     emitMath(b, loc, *level, "exp", emitExp);
     emitMath(b, loc, *level, "erf", emitErf);

@@ -36,7 +36,7 @@ FailureOr<Real> parseReal(AsmParser &parser);
 /// Prints `real` so that parseReal gives the same bits.
 void printReal(AsmPrinter &printer, Real real);
 
-/// Names of the CPU levels. `x86-64-v3` and `x86-64-v4` have code.
+/// Names of the CPU levels. All but the last have code.
 inline constexpr llvm::StringLiteral kLevelV3 = "x86-64-v3";
 inline constexpr llvm::StringLiteral kLevelV4 = "x86-64-v4";
 inline constexpr llvm::StringLiteral kLevelAvx512Bf16 = "avx512-bf16";

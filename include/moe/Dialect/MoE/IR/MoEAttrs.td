@@ -389,6 +389,10 @@ def MoE_KernelOrder : MoE_I32Enum<"KernelOrder", "which operand a micro-kernel l
   I32EnumAttrCase<"BFirst", 0, "b_first">,
   I32EnumAttrCase<"AFirst", 1, "a_first">,
 ]>;
+def MoE_KernelProduct : MoE_I32Enum<"KernelProduct", "the instruction of a micro-kernel's products", [
+  I32EnumAttrCase<"Fma", 0, "fma">,
+  I32EnumAttrCase<"DotBF16", 1, "dot_bf16">,
+]>;
 def MoE_RowSource : MoE_I32Enum<"RowSource", "where a grouped matmul finds its rows", [
   I32EnumAttrCase<"Gather", 0, "gather">,
   I32EnumAttrCase<"Rows", 1, "rows">,
@@ -406,8 +410,8 @@ def MoE_ResultFormAttr : EnumAttr<MoE_Dialect, MoE_ResultForm, "result_form"> {
 def MoE_TargetAttr : MoE_Attr<"Target", "target"> {
   let summary = "what a function is compiled for";
   let description = [{
-    Levels of `cpu`: `x86-64-v3` (AVX2 and FMA), `x86-64-v4` (AVX-512), `avx512-bf16`, `amx-bf16`.
-    Only the first two have code so far.
+    Levels of `cpu`: `x86-64-v3` (AVX2 and FMA), `x86-64-v4` (AVX-512), `avx512-bf16` (products of
+    bf16 by `vdpbf16ps`), `amx-bf16`. The last has no code so far.
 
     Example:
 
@@ -424,14 +428,19 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
   let summary = "a micro-kernel";
   let description = [{
     A kernel computes `rows` × (32 · `panels`) products: every accumulator stays in a register, the
-    reduction runs upwards one element at a time. `order` is the operand that is loaded first,
-    `prefetch` the distance in bytes of the prefetch of the panel (0 = none).
+    reduction runs upwards. `order` is the operand that is loaded first, `prefetch` the distance in
+    bytes of the prefetch of the panel (0 = none). `product` is the instruction of every term:
+
+    * `fma`: fused multiply-add of f32, one k at a time; bf16 weights are widened exactly.
+    * `dot_bf16`: `vdpbf16ps` on rows and weights of bf16, two k at a time (fma with the odd one,
+      then with the even one; subnormal operands and results count as zero). Levels `avx512-bf16`
+      and up.
 
     Register budget, with NV vectors per row (x86-64-v4: 2 · panels of 512 bits; x86-64-v3:
     4 · panels of 256 bits):
 
     ```
-    rows · NV  +  min(rows, NV)  +  1  ≤  32 (x86-64-v4) | 16 (x86-64-v3)
+    rows · NV  +  min(rows, NV)  +  1  ≤  32 (x86-64-v4 and up) | 16 (x86-64-v3)
     accumulators  operands          one to spare
     ```
     A kernel outside the budget is not a slower kernel: it is refused.
@@ -447,7 +456,8 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
     "int64_t":$rows,
     "int64_t":$panels,
     DefaultValuedParameter<"KernelOrder", "KernelOrder::BFirst">:$order,
-    DefaultValuedParameter<"int64_t", "0">:$prefetch);
+    DefaultValuedParameter<"int64_t", "0">:$prefetch,
+    DefaultValuedParameter<"KernelProduct", "KernelProduct::Fma">:$product);
   let assemblyFormat = "`<` struct(params) `>`";
   let genVerifyDecl = 1;
   let extraClassDeclaration = [{

@@ -18,6 +18,7 @@ def MoE_AnyRowsBuffer : MoE_BufferOf<[F32, BF16], [1, 2, 3], "strided buffer of 
 def MoE_F32Vector : MoE_BufferOf<[F32], [1], "vector buffer of f32">;
 def MoE_F32Matrix : MoE_BufferOf<[F32], [2], "matrix buffer of f32">;
 def MoE_F32Scratch : MoE_BufferOf<[F32], [1, 2, 3], "scratch buffer of f32">;
+def MoE_BlockVector : MoE_BufferOf<[F32, BF16], [1], "vector buffer of f32 or bf16">;
 def MoE_I32Vector : MoE_BufferOf<[I32], [1], "vector buffer of i32">;
 def MoE_I32Matrix : MoE_BufferOf<[I32], [2], "matrix buffer of i32">;
 
@@ -81,15 +82,15 @@ def MoE_ClaimOp : MoE_Op<"claim", [
 def MoE_PackRowsOp : MoE_Op<"pack_rows", [AttrSizedOperandSegments]> {
   let summary = "pack one block of rows for a micro-kernel";
   let description = [{
-    Writes R = count rows, from row `first` on, as one rows16 block, widened to f32 after being
-    rounded to `compute`:
+    Writes R = count rows, from row `first` on, as one block, rounded to `compute`: a rows16 block of
+    f32 (widened again) or, where `into` is bf16, a rows32 block. With G = 16 or 32
 
     ```
-    into[(c / 16)·R·16 + r·16 + c mod 16] = rows[source(first + r), c]     0 ≤ c < roundup(K, 16)
+    into[(c / G)·R·G + r·G + c mod G] = rows[source(first + r), c]     0 ≤ c < roundup(K, G)
     ```
     with zeros for c ≥ K. source(n) is n, or pair[n] / k with `via`.
 
-    Constraints: (C1) via: pair and slots come together.
+    Constraints: (C1) via: pair and slots come together; (C2) a block of bf16 has compute = bf16.
 
     Example:
 
@@ -104,7 +105,7 @@ def MoE_PackRowsOp : MoE_Op<"pack_rows", [AttrSizedOperandSegments]> {
     Arg<Optional<Index>, "slots per token">:$slots,
     Arg<Index, "first row">:$first,
     Arg<Index, "number of rows">:$count,
-    Arg<MoE_F32Vector, "packed block", [MemWrite]>:$out,
+    Arg<MoE_BlockVector, "packed block", [MemWrite]>:$out,
     TypeAttrOf<MoE_Float>:$compute);
   let assemblyFormat = [{
     `rows` `(` $rows `:` type($rows) `)` (`via` `(` $pair^ `,` $slots `:` type($pair) `)`)?
@@ -117,11 +118,12 @@ def MoE_PackRowsOp : MoE_Op<"pack_rows", [AttrSizedOperandSegments]> {
 def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFromAbove, SingleBlock]> {
   let summary = "multiply one packed row block with panels of one expert";
   let description = [{
-    Multiplies the `count` rows of the rows16 block `a` with `ukernel.panels` consecutive panels of
-    expert %e, from panel %panel on, and leaves the products in one of three forms:
+    Multiplies the `count` rows of the block `a` (rows16, or rows32 for products of bf16) with
+    `ukernel.panels` consecutive panels of expert %e, from panel %panel on, and leaves the products
+    in one of three forms:
 
     * `blocked`: region applied to the parts, written to columns panelCols·panel … of the rows16
-      block that starts at `into`.
+      block of f32 or the rows32 block of bf16 that starts at `into`.
     * `rows`: written to rows `row` … of a row-major matrix; [N, parts, columns] for several parts
       without a region. A scratch matrix is padded to whole panels; a matrix that is exactly Nout
       wide gets the real columns alone. Rounded to the matrix's element type.
@@ -133,7 +135,8 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
     Constraints: (C1) count ≤ ukernel.rows at run time; (C2) the region takes one f32 per part and
     yields one f32; (C3) pair, weights and slots come together, with `combine` only; `compute` with
     `combine` only; (C4) `row` with `rows` and `combine`; (C5) `blocked` has several parts only with
-    a region.
+    a region; (C6) `a` is bf16, and the weight, where the product is `dot_bf16`, and f32 elsewhere;
+    a blocked result of bf16 comes from such products only.
 
     Example:
 
@@ -155,7 +158,7 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
   }];
   let arguments = (ins
     Arg<Index, "rows of the block">:$count,
-    Arg<MoE_F32Vector, "packed block", [MemRead]>:$a,
+    Arg<MoE_BlockVector, "packed block", [MemRead]>:$a,
     Arg<MoE_Weight, "weight">:$weight,
     Arg<Index, "expert">:$expert,
     Arg<Index, "first panel">:$panel,
