@@ -45,8 +45,8 @@ RUNTIME_FAULTS = [
         "forgets the padding in k",
         "pack",
         "Pack.c",
-        "uint64_t kp = ((uint64_t)cols + 31) / 32 * 32, bytes;",
-        "uint64_t kp = ((uint64_t)cols + 7) / 8 * 8, bytes;",
+        "return layout == MOEC_VECTOR32 ? cols : (cols + 31) / 32 * 32;",
+        "return layout == MOEC_VECTOR32 ? cols : (cols + 7) / 8 * 8;",
     ),
     (
         "swaps the two neighbours in k",
