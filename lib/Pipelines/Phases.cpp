@@ -83,7 +83,7 @@ static std::string kernels(const PipelineOptions &) {
 }
 
 static std::string outline(const PipelineOptions &) {
-  return "moe-cpu-plan-workspace,moe-cpu-outline-stages,canonicalize,cse";
+  return "moe-cpu-plan-workspace,moe-cpu-outline-stages,canonicalize,cse,moe-merge-equal-functions";
 }
 
 static std::string codegen(const PipelineOptions &) {

@@ -97,22 +97,24 @@ llvm::Expected<CodeTable> mlir::moe::buildCodeTable(ModuleOp module, StringRef n
       ArrayAttr entries = layer.getEntriesAttr();
       for (Attribute attribute : entries ? entries.getValue() : ArrayRef<Attribute>()) {
         auto entry = cast<EntryAttr>(attribute);
-        std::string function = entry.getFunction().getValue().str();
+        StringRef function = entry.getFunction().getValue();
         CodeEntry made;
         made.kind = static_cast<int32_t>(entry.getKind());
         made.xType = typeCode(entry.getX());
         made.yType = typeCode(entry.getY());
-        made.workspaceBytes = function + "_workspace_bytes";
-        auto stageName = [&] { return function + "_stage" + std::to_string(made.stages.size()); };
-        while (Operation *stage = symbols.lookup(stageName())) {
-          auto label = stage->getAttrOfType<StringAttr>("stage");
-          made.labels.push_back(label ? label.getValue().str() : "stage");
-          made.stages.push_back(stageName());
-        }
-        if (needCode && (made.stages.empty() || !symbols.lookup(made.workspaceBytes)))
+        if (auto codeOp = symbols.lookup<CodeOp>(function)) {
+          made.workspaceBytes = codeOp.getWorkspace().str();
+          for (auto name : codeOp.getStages().getAsRange<FlatSymbolRefAttr>()) {
+            Operation *stage = symbols.lookup(name.getAttr());
+            auto label = stage ? stage->getAttrOfType<StringAttr>("stage") : StringAttr();
+            made.labels.push_back(label ? label.getValue().str() : "stage");
+            made.stages.push_back(name.getValue().str());
+          }
+        } else if (needCode) {
           return makeError(ErrorCode::INTERNAL, "layer `" + layer.getLayerName() + "`",
                            "stages of the entry `" + function + "`", "none",
                            "run the phases up to `outline` first");
+        }
         const CPULevel *level = findCPULevel(entry.getLevel());
         if (!level)
           return makeError(ErrorCode::TARGET, "entry `" + function + "`", "a known CPU level",

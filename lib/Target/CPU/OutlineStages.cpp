@@ -45,6 +45,8 @@ static_assert(offsetof(moec_frame, workspace) == 0 && offsetof(moec_frame, weigh
                   offsetof(moec_frame, lanes) == 112 && offsetof(moec_frame, counters) == 128,
               "the frame's layout is part of the ABI");
 
+static constexpr llvm::StringLiteral kTokens = "tokens", kSlots = "slots";
+
 namespace {
 
 class Outliner {
@@ -53,7 +55,8 @@ public:
   LogicalResult run();
 
 private:
-  LogicalResult outline(StageOp stage, unsigned number);
+  void replaceSizes();
+  FailureOr<func::FuncOp> outline(StageOp stage, unsigned number);
   /// What an argument of the entry is, read from the frame.
   FailureOr<Value> argument(OpBuilder &b, Value frame, BlockArgument argument);
   FailureOr<Value> buffer(OpBuilder &b, Value frame, MemRefType type, StringRef role);
@@ -165,6 +168,10 @@ FailureOr<Value> Outliner::argument(OpBuilder &b, Value frame, BlockArgument arg
   }
   if (role == "lanes")
     return field(b, frame, offsetof(moec_frame, lanes), b.getIndexType());
+  if (role == kTokens)
+    return field(b, frame, offsetof(moec_frame, tokens), b.getIndexType());
+  if (role == kSlots)
+    return field(b, frame, offsetof(moec_frame, slots), b.getIndexType());
   if (role == "weight") {
     auto index = func.getArgAttrOfType<IntegerAttr>(number, MoEDialect::kWeightIndexAttrName);
     if (!index)
@@ -195,7 +202,36 @@ void Outliner::lowerClaims(Operation *root, Value frame) {
   });
 }
 
-LogicalResult Outliner::outline(StageOp stage, unsigned number) {
+/// Sizes of the frame's buffers are numbers of the frame, whichever buffer they were asked of. A
+/// stage that needs only the size of y is then the same function for every type of y.
+void Outliner::replaceSizes() {
+  OpBuilder b(func.getContext());
+  auto number = [&, known = llvm::StringMap<Value>()](StringRef role) mutable {
+    Value &value = known[role];
+    if (!value) {
+      unsigned position = func.getNumArguments();
+      auto attributes =
+          b.getDictionaryAttr(b.getNamedAttr(MoEDialect::kArgAttrName, b.getStringAttr(role)));
+      (void)func.insertArgument(position, b.getIndexType(), attributes, loc);
+      value = func.getArgument(position);
+    }
+    return value;
+  };
+  func.walk([&](memref::DimOp dim) {
+    auto argument = dyn_cast<BlockArgument>(dim.getSource());
+    if (!argument || argument.getOwner() != &func.getBody().front() || !dim.getConstantIndex() ||
+        !cast<MemRefType>(argument.getType()).isDynamicDim(*dim.getConstantIndex()))
+      return;
+    auto role =
+        func.getArgAttrOfType<StringAttr>(argument.getArgNumber(), MoEDialect::kArgAttrName);
+    if (!role || role == "workspace")
+      return;
+    dim.replaceAllUsesWith(number(*dim.getConstantIndex() == 0 ? kTokens : kSlots));
+    dim.erase();
+  });
+}
+
+FailureOr<func::FuncOp> Outliner::outline(StageOp stage, unsigned number) {
   loc = stage.getLoc();
   OpBuilder b(func);
   Type i32 = b.getI32Type();
@@ -260,17 +296,27 @@ LogicalResult Outliner::outline(StageOp stage, unsigned number) {
   b.setInsertionPointToEnd(block);
   func::ReturnOp::create(b, loc);
   lowerClaims(outlined, frame);
-  return success();
+  return outlined;
 }
 
 LogicalResult Outliner::run() {
-  unsigned number = 0;
-  for (StageOp stage : func.getOps<StageOp>())
-    if (failed(outline(stage, number++)))
+  auto workspace = func->getAttrOfType<FlatSymbolRefAttr>(MoEDialect::kWorkspaceAttrName);
+  if (!workspace)
+    return func.emitOpError("expected attribute ")
+           << MoEDialect::kWorkspaceAttrName << "; run moe-cpu-plan-workspace first";
+  replaceSizes();
+  SmallVector<Attribute> stages;
+  for (StageOp stage : func.getOps<StageOp>()) {
+    FailureOr<func::FuncOp> outlined = outline(stage, stages.size());
+    if (failed(outlined))
       return failure();
-  if (number > MOEC_MAX_STAGES)
-    return func.emitOpError("expected at most ")
-           << MOEC_MAX_STAGES << " stages, but got " << number;
+    stages.push_back(FlatSymbolRefAttr::get(*outlined));
+  }
+  if (stages.empty() || stages.size() > MOEC_MAX_STAGES)
+    return func.emitOpError("expected 1 to ")
+           << MOEC_MAX_STAGES << " stages, but got " << stages.size();
+  OpBuilder b(func);
+  CodeOp::create(b, func.getLoc(), func.getSymNameAttr(), b.getArrayAttr(stages), workspace);
   func.erase();
   return success();
 }

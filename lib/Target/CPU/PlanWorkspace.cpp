@@ -154,6 +154,7 @@ LogicalResult Planner::makeBytesFunction() {
   auto target = func->getAttrOfType<TargetAttr>(MoEDialect::kTargetAttrName);
   if (const CPULevel *level = findCPULevel(target.getLevel()))
     setTargetAttributes(bytes, *level);
+  func->setAttr(MoEDialect::kWorkspaceAttrName, FlatSymbolRefAttr::get(bytes));
   Block *block = bytes.addEntryBlock();
   b.setInsertionPointToStart(block);
   SmallVector<Value> arguments;

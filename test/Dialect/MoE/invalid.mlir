@@ -187,13 +187,13 @@ func.func private @compute_attribute() attributes {moe.compute = f16}
 // -----
 
 // unknown_attribute
-// expected-error @below {{expected moe.entry, moe.compute or moe.target on a function, but got 'moe.entri'}}
+// expected-error @below {{expected moe.entry, moe.compute, moe.target or moe.workspace on a function, but got 'moe.entri'}}
 func.func private @unknown_attribute() attributes {moe.entri = "forward"}
 
 // -----
 
 // arg_attribute
-// expected-error @below {{argument 0: expected 'moe.arg' to be one of x, y, weights, experts, logits, accumulate, weight, offsets, lanes, workspace, but got "z"}}
+// expected-error @below {{argument 0: expected 'moe.arg' to be one of x, y, weights, experts, logits, accumulate, weight, offsets, lanes, workspace, tokens, slots, but got "z"}}
 func.func private @arg_attribute(i32 {moe.arg = "z"})
 
 // -----
@@ -233,6 +233,26 @@ func.func private @f()
 // layer_c2
 // expected-error @below {{expected @f to be a func.func of this module}}
 moe.layer @l "l" kind = dense index = 0 compute = f32 dims = <H = 8, F = 8, E = 1, K = 1> forward = @f weights()
+
+// -----
+
+// code_c1
+// expected-error @below {{expected at least one stage, but got none}}
+moe.code @e stages = [] workspace = @f
+func.func private @f()
+
+// -----
+
+// code_c2
+// expected-error @below {{expected @g to be a function of this module}}
+moe.code @e stages = [@f, @g] workspace = @f
+func.func private @f()
+
+// -----
+
+// workspace_attribute
+// expected-error @below {{expected 'moe.workspace' to be a symbol, but got "f"}}
+func.func private @workspace_attribute() attributes {moe.workspace = "f"}
 
 // -----
 

@@ -18,6 +18,8 @@ moe.weight @L3.down : !moe.weight<64x1x2048x1024xbf16, panel32> role "down" from
 moe.layer @L3 "model.layers.3.mlp" kind = moe index = 3 compute = bf16
     dims = <H = 2048, F = 1024, E = 64, K = 8> forward = @forward route = @route
     experts = @experts weights(@L3.router, @L3.gate_up, @L3.down)
+// CHECK: moe.code @outlined stages = [@forward, @route] workspace = @experts
+moe.code @outlined stages = [@forward, @route] workspace = @experts
 // CHECK: moe.layer @L4 {{.*}} entries [#moe.entry<kind = forward, level = "x86-64-v4", x = bf16, y = f32, function = @forward>] weights()
 moe.layer @L4 "model.layers.4.mlp" kind = dense index = 4 compute = f32
     dims = <H = 8, F = 4, E = 1, K = 1>

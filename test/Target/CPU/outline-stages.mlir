@@ -19,6 +19,7 @@
 // CHECK: scf.while
 // CHECK: llvm.atomicrmw add %{{.*}} monotonic
 // CHECK-NOT: memref.alloc
+// CHECK: moe.code @f stages = [@f_stage0, @f_stage1] workspace = @f_workspace_bytes
 func.func @f(%x: memref<?x100xbf16, strided<[?, 1]>> {moe.arg = "x"},
              %e: memref<?x?xi32> {moe.arg = "experts"})
     attributes {moe.entry = "experts", moe.compute = bf16,

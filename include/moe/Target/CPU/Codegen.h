@@ -53,7 +53,7 @@ llvm::Expected<std::unique_ptr<llvm::Module>> translateToLLVM(ModuleOp module,
 /// x86-64-v3).
 llvm::Error checkFunctionAttributes(llvm::Module &module, llvm::TargetMachine &machine);
 
-/// Runs LLVM's O3 pipeline.
+/// Cleans up scalar code: no vectorizer, no unrolling, no inlining.
 void optimizeModule(llvm::Module &module, llvm::TargetMachine &machine);
 
 /// Writes object code or assembly. Changes the module.

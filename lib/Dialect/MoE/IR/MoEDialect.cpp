@@ -54,7 +54,14 @@ LogicalResult MoEDialect::verifyOperationAttribute(Operation *op, NamedAttribute
                              << attribute.getValue();
     return success();
   }
-  return op->emitError() << "expected moe.entry, moe.compute or moe.target on a function, but got '"
+  if (name == kWorkspaceAttrName) {
+    if (!isa<FlatSymbolRefAttr>(attribute.getValue()))
+      return op->emitError() << "expected 'moe.workspace' to be a symbol, but got "
+                             << attribute.getValue();
+    return success();
+  }
+  return op->emitError() << "expected moe.entry, moe.compute, moe.target or moe.workspace on a "
+                            "function, but got '"
                          << name << "'";
 }
 
@@ -65,11 +72,11 @@ LogicalResult MoEDialect::verifyRegionArgAttribute(Operation *op, unsigned regio
   if (name == kArgAttrName) {
     static constexpr StringLiteral kRoles[] = {"x",      "y",          "weights", "experts",
                                                "logits", "accumulate", "weight",  "offsets",
-                                               "lanes",  "workspace"};
+                                               "lanes",  "workspace",  "tokens",  "slots"};
     auto role = dyn_cast<StringAttr>(attribute.getValue());
     if (!role || !llvm::is_contained(kRoles, role.getValue()))
       return where() << "expected 'moe.arg' to be one of x, y, weights, experts, logits, "
-                        "accumulate, weight, offsets, lanes, workspace, but got "
+                        "accumulate, weight, offsets, lanes, workspace, tokens, slots, but got "
                      << attribute.getValue();
     return success();
   }

@@ -168,16 +168,32 @@ LogicalResult LayerOp::verifySymbolUses(SymbolTableCollection &tables) {
     return failure();
   if (ArrayAttr entries = getEntriesAttr())
     for (auto entry : entries.getAsRange<EntryAttr>())
-      // Once outlined, an entry lives on as its stages and its workspace function.
-      if (!tables.lookupNearestSymbolFrom(
-              *this,
-              StringAttr::get(getContext(), entry.getFunction().getValue() + "_workspace_bytes")) &&
+      // Later phases leave a moe.code (CPU) or a host function in another dialect (GPU).
+      if (!isa_and_nonnull<CodeOp, FunctionOpInterface>(
+              tables.lookupNearestSymbolFrom(*this, entry.getFunction())) &&
           failed(checkFunction(entry.getFunction())))
         return failure();
   // layer_c3
   for (auto symbol : getWeights().getAsRange<FlatSymbolRefAttr>())
     if (!tables.lookupNearestSymbolFrom<WeightOp>(*this, symbol))
       return emitOpError() << "expected " << symbol << " to be a moe.weight of this module";
+  return success();
+}
+
+LogicalResult CodeOp::verify() {
+  if (getStages().empty())
+    return emitOpError("expected at least one stage, but got none"); // code_c1
+  return success();
+}
+
+LogicalResult CodeOp::verifySymbolUses(SymbolTableCollection &tables) {
+  // code_c2
+  SmallVector<Attribute> functions(getStages().getValue());
+  functions.push_back(getWorkspaceAttr());
+  for (auto function : functions)
+    if (!tables.lookupNearestSymbolFrom<FunctionOpInterface>(*this,
+                                                             cast<FlatSymbolRefAttr>(function)))
+      return emitOpError() << "expected " << function << " to be a function of this module";
   return success();
 }
 

@@ -35,8 +35,14 @@ struct MergeEqualFunctionsPass : moe::impl::MergeEqualFunctionsPassBase<MergeEqu
     ModuleOp module = getOperation();
     DenseMap<DictionaryAttr, SmallVector<func::FuncOp>> kept;
     DenseMap<StringAttr, FlatSymbolRefAttr> replacements;
+    DenseSet<StringAttr> outlined;
+    for (auto code : module.getOps<CodeOp>()) {
+      outlined.insert(code.getWorkspaceAttr().getAttr());
+      for (auto stage : code.getStages().getAsRange<FlatSymbolRefAttr>())
+        outlined.insert(stage.getAttr());
+    }
     for (auto func : llvm::make_early_inc_range(module.getOps<func::FuncOp>())) {
-      if (!func->hasAttr(MoEDialect::kEntryAttrName))
+      if (!func->hasAttr(MoEDialect::kEntryAttrName) && !outlined.contains(func.getSymNameAttr()))
         continue;
       SmallVector<func::FuncOp> &candidates = kept[getAttributesWithoutName(func)];
       auto equal = llvm::find_if(candidates, [&](func::FuncOp other) {

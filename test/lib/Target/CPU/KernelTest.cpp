@@ -9,7 +9,7 @@
 //                 [--exhaustive] [--only TEXT] [--bench DEPTH]
 //
 // Emits every tile of the level's register budget in every weight format and form, compiles them
-// with LLVM's default O3 pipeline and checks them in this process. Products must equal a loop of
+// with the passes of the compiler and checks them in this process. Products must equal a loop of
 // std::fma bit for bit (which is what makes the bits independent of the tile), and a float64 loop
 // within f32 accuracy; activations are compared with float64. Every output starts as NaN and has
 // guard bytes on both sides that must survive. --asm writes the assembly for asm_loops.py.
@@ -19,6 +19,7 @@
 //
 //===----------------------------------------------------------------------===//
 
+#include "moe/Target/CPU/Codegen.h"
 #include "moe/Target/CPU/Kernels.h"
 #include "moe/Target/CPU/VectorMath.h"
 
@@ -40,7 +41,6 @@
 #include "llvm/IR/LegacyPassManager.h"
 #include "llvm/IR/Module.h"
 #include "llvm/MC/TargetRegistry.h"
-#include "llvm/Passes/PassBuilder.h"
 #include "llvm/Support/CommandLine.h"
 #include "llvm/Support/FileSystem.h"
 #include "llvm/Support/InitLLVM.h"
@@ -1010,17 +1010,7 @@ int main(int argc, char **argv) {
   code->setTargetTriple(machine->getTargetTriple());
   code->setDataLayout(machine->createDataLayout());
 
-  llvm::LoopAnalysisManager lam;
-  llvm::FunctionAnalysisManager fam;
-  llvm::CGSCCAnalysisManager cgam;
-  llvm::ModuleAnalysisManager mam;
-  llvm::PassBuilder passes(machine.get());
-  passes.registerModuleAnalyses(mam);
-  passes.registerCGSCCAnalyses(cgam);
-  passes.registerFunctionAnalyses(fam);
-  passes.registerLoopAnalyses(lam);
-  passes.crossRegisterProxies(lam, fam, cgam, mam);
-  passes.buildPerModuleDefaultPipeline(llvm::OptimizationLevel::O3).run(*code, mam);
+  optimizeModule(*code, *machine);
 
   if (!irFile.empty()) {
     std::error_code error;

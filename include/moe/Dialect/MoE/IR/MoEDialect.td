@@ -34,10 +34,11 @@ def MoE_Dialect : Dialect {
     attributes: `#moe.target`, `#moe.strategy`, `#moe.ukernel`.
 
     Attributes of functions: `moe.entry` (`"forward"`, `"route"`, `"experts"`), `moe.compute` (the
-    type that activations are rounded to), `moe.target`. Attributes of function arguments: `moe.arg`
-    (`"x"`, `"y"`, `"weights"`, `"experts"`, `"logits"`, `"accumulate"`, `"weight"`; made by passes:
-    `"offsets"`, `"lanes"`, `"workspace"`) and `moe.weight_index` (position in the layer's weights,
-    with `moe.arg = "weight"`).
+    type that activations are rounded to), `moe.target`, `moe.workspace` (the function that computes
+    the size of its workspace). Attributes of function arguments: `moe.arg` (`"x"`, `"y"`,
+    `"weights"`, `"experts"`, `"logits"`, `"accumulate"`, `"weight"`; made by passes: `"offsets"`,
+    `"lanes"`, `"workspace"`, `"tokens"`, `"slots"`) and `moe.weight_index` (position in the layer's
+    weights, with `moe.arg = "weight"`).
   }];
   let dependentDialects = ["arith::ArithDialect"];
   let useDefaultTypePrinterParser = 1;
@@ -49,6 +50,7 @@ def MoE_Dialect : Dialect {
     static constexpr StringLiteral kEntryAttrName = "moe.entry";
     static constexpr StringLiteral kComputeAttrName = "moe.compute";
     static constexpr StringLiteral kTargetAttrName = "moe.target";
+    static constexpr StringLiteral kWorkspaceAttrName = "moe.workspace";
     static constexpr StringLiteral kArgAttrName = "moe.arg";
     static constexpr StringLiteral kWeightIndexAttrName = "moe.weight_index";
 

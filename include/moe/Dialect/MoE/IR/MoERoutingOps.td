@@ -47,9 +47,9 @@ def MoE_LayerOp : MoE_Op<"layer", [Symbol, DeclareOpInterfaceMethods<SymbolUserO
     functions have been cloned per level and type; it then replaces `forward`, `route` and `experts`.
 
     Constraints: (C1) a `moe` layer has forward, route and experts, a `dense` one forward alone, or
-    either has entries; (C2) every function is a `func.func` of the module, or an entry
-    whose stages have been outlined (`@<function>_workspace_bytes` exists); (C3) every weight is a
-    `moe.weight` of the module; (C4) index is not negative.
+    either has entries; (C2) every function is a `func.func` of the module, or what an entry has
+    become (`moe.code` or a function of another dialect); (C3) every weight is a `moe.weight` of the
+    module; (C4) index is not negative.
 
     Example:
 
@@ -76,6 +76,31 @@ def MoE_LayerOp : MoE_Op<"layer", [Symbol, DeclareOpInterfaceMethods<SymbolUserO
     `dims` `=` $dims (`forward` `=` $forward^)? (`route` `=` $route^)? (`experts` `=` $experts^)?
     (`entries` $entries^)? custom<SymbolList>($weights)
     attr-dict-with-keyword
+  }];
+  let hasVerifier = 1;
+}
+
+def MoE_CodeOp : MoE_Op<"code", [Symbol, DeclareOpInterfaceMethods<SymbolUserOpInterface>]> {
+  let summary = "name the functions that an entry has become";
+  let description = [{
+    Written when an entry is outlined: its stages in the order in which they run, and the function
+    that computes its workspace. Entries may share functions.
+
+    Constraints: (C1) there is a stage; (C2) every function exists.
+
+    Example:
+
+    ```mlir
+    moe.code @f0_v4_bf16_f32 stages = [@f0_v4_bf16_f32_stage0, @f0_v4_f32_f32_stage1]
+        workspace = @f0_v4_f32_f32_workspace_bytes
+    ```
+  }];
+  let arguments = (ins
+    SymbolNameAttr:$sym_name,
+    TypedArrayAttrBase<FlatSymbolRefAttr, "functions of the stages">:$stages,
+    FlatSymbolRefAttr:$workspace);
+  let assemblyFormat = [{
+    $sym_name `stages` `=` $stages `workspace` `=` $workspace attr-dict-with-keyword
   }];
   let hasVerifier = 1;
 }

@@ -115,13 +115,14 @@ def FuseCombinePass : Pass<"moe-fuse-combine", "::mlir::func::FuncOp"> {
 }
 
 def MergeEqualFunctionsPass : Pass<"moe-merge-equal-functions", "::mlir::ModuleOp"> {
-  let summary = "Let equal layers share their functions";
+  let summary = "Let equal layers and equal entries share their functions";
   let description = [{
-    Before: functions with `moe.entry` that may be equal but for their name. After: one function for
-    each set of equal ones, the first; `moe.layer` and all other symbol uses name it. Equal are the
-    type, all attributes and argument attributes but the name, and the body; locations do not count.
+    Before: functions with `moe.entry`, or named by a `moe.code`, that may be equal but for their
+    name. After: one function for each set of equal ones, the first; `moe.layer`, `moe.code` and all
+    other symbol uses name it. Equal are the type, all attributes and argument attributes but the
+    name, and the body; locations do not count.
 
-    Declines functions without `moe.entry`.
+    Declines other functions.
   }];
   let dependentDialects = ["::mlir::moe::MoEDialect"];
   let statistics = [
