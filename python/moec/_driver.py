@@ -19,4 +19,6 @@ def main():
             f"({os.path.dirname(os.path.abspath(__file__))}/bin/moec), but got none; "
             "this package was installed without it"
         )
+    # `moec verify` is Python again: this interpreter, which has the package.
+    os.environ.setdefault("MOEC_PYTHON", sys.executable)
     os.execv(path, ["moec", *sys.argv[1:]])

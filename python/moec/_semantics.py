@@ -11,13 +11,14 @@ import functools
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from moec._moec import codes
 from moec.compiler import ask_driver
 from moec.errors import make_error
 
-__all__ = ["experts_spec", "refuse", "spec_of_config"]
+__all__ = ["expand_layers", "experts_spec", "refuse", "spec_of_config"]
 
 # A library has room for this many layers of one shape. They share code, so a row costs next to
 # nothing, and they share one workspace.
@@ -49,8 +50,13 @@ def _spec_text(config: str) -> str:
         with open(path, "w") as f:
             f.write(config)
         spec = json.loads(ask_driver("inspect", path, "--spec"))
-    spec["layers"] = [one for layer in spec["layers"] for one in _expand(layer)]
+    spec["layers"] = expand_layers(spec)
     return json.dumps(spec)
+
+
+def expand_layers(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The layers of a *.moe.json, one entry for each index."""
+    return [one for layer in spec["layers"] for one in _expand(layer)]
 
 
 def _expand(layer: dict[str, Any]) -> list[dict[str, Any]]:

@@ -32,12 +32,12 @@ struct Command {
   int (*run)(); ///< returns the exit code; errors have been reported
 };
 extern const Command compileCommand, packCommand, runCommand, benchCommand, inspectCommand,
-    doctorCommand, completionCommand;
+    verifyCommand, doctorCommand, completionCommand;
 llvm::ArrayRef<const Command *> commands();
 
 // Functions, because options in several files need them before main.
 llvm::cl::SubCommand &compileParser(), &packParser(), &runParser(), &benchParser(),
-    &inspectParser(), &doctorParser(), &completionParser();
+    &inspectParser(), &verifyParser(), &doctorParser(), &completionParser();
 llvm::cl::OptionCategory &category();
 
 bool followLinks();

@@ -51,6 +51,10 @@ cl::SubCommand &doctorParser() {
   static cl::SubCommand parser(doctorCommand.name, doctorCommand.sentence);
   return parser;
 }
+cl::SubCommand &verifyParser() {
+  static cl::SubCommand parser(verifyCommand.name, verifyCommand.sentence);
+  return parser;
+}
 cl::SubCommand &completionParser() {
   static cl::SubCommand parser(completionCommand.name, completionCommand.sentence);
   return parser;
@@ -67,19 +71,20 @@ static cl::opt<std::string> logOption("log", cl::desc("How to report on stderr: 
 static cl::opt<bool>
     followLinksOption("follow-links", cl::desc("Follow symbolic links that leave a model's folder"),
                       cl::cat(category()), cl::sub(compileParser()), cl::sub(packParser()),
-                      cl::sub(benchParser()), cl::sub(inspectParser()));
+                      cl::sub(benchParser()), cl::sub(inspectParser()), cl::sub(verifyParser()));
 static cl::list<std::string>
     modelRowsOption("model-rows", cl::desc("A further row of the model table, or a folder of them"),
                     cl::value_desc("FILE|DIR"), cl::cat(category()), cl::sub(compileParser()),
-                    cl::sub(packParser()), cl::sub(benchParser()), cl::sub(inspectParser()));
+                    cl::sub(packParser()), cl::sub(benchParser()), cl::sub(inspectParser()),
+                    cl::sub(verifyParser()));
 
 bool followLinks() { return followLinksOption; }
 std::vector<std::string> modelRows() { return modelRowsOption; }
 
 llvm::ArrayRef<const Command *> commands() {
-  static const Command *const all[] = {&compileCommand,   &packCommand,    &runCommand,
-                                       &benchCommand,     &inspectCommand, &doctorCommand,
-                                       &completionCommand};
+  static const Command *const all[] = {&compileCommand, &packCommand,      &runCommand,
+                                       &benchCommand,   &inspectCommand,   &verifyCommand,
+                                       &doctorCommand,  &completionCommand};
   return all;
 }
 
