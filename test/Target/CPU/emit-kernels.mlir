@@ -25,7 +25,7 @@
 // CHECK-SAME:    prefer_vector_width = "512"
 // CHECK-SAME:    target_cpu = "x86-64-v4"
 // CHECK:         scf.for
-// CHECK:           llvm.intr.prefetch
+// CHECK:           llvm.intr.prefetch{{.*}}hint = 2
 // CHECK:           vector.fma %{{.*}} : vector<16xf32>
 func.func @up(%n: index, %a: memref<?xf32>, %h: memref<?xf32>,
               %w: !moe.weight<4x2x40x33xbf16, panel32>, %e: index, %p: index)

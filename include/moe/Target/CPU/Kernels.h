@@ -94,6 +94,10 @@ struct GemmKernelSpec {
   std::string epilogueName;
 
   bool isDot() const { return product == KernelProduct::DotBF16; }
+  /// A tile of few rows waits for its weights: a prefetch into L2 leaves the few buffers of misses
+  /// of the first cache to the loads. A tall one computes while the lines come, and wants them
+  /// near.
+  bool prefetchesL2() const { return rows <= 8; }
   /// Vector registers per panel.
   int64_t getVectorsPerPanel() const { return 32 / getLevelLanes(level); }
   /// More panels would run out of address registers, or of vector registers for widened weights.

@@ -293,7 +293,7 @@ SmallVector<Value> GemmEmitter::emitSteps(Value a, Value bRow, int64_t steps,
     if (spec.prefetch)
       for (Value panelRow : panelRows)
         for (int64_t line : {0, 64})
-          k.prefetch(k.at(panelRow, spec.prefetch + line));
+          k.prefetch(k.at(panelRow, spec.prefetch + line), spec.prefetchesL2());
     for (int64_t half = 0; half < halves; ++half) {
       int64_t step = row * halves + half;
       // Steps are separated by a barrier: it emits no instruction and keeps the scheduler from

@@ -54,8 +54,10 @@ public:
     return LLVM::LoadOp::create(b, loc, type, p, elementBytes(type));
   }
   void store(Value v, Value p) { LLVM::StoreOp::create(b, loc, v, p, elementBytes(v.getType())); }
-  /// prefetcht0 of the line at p.
-  void prefetch(Value p) { LLVM::Prefetch::create(b, loc, p, /*rw=*/0, /*hint=*/3, /*cache=*/1); }
+  /// Prefetches the line at p into the first cache (prefetcht0) or the second (prefetcht1).
+  void prefetch(Value p, bool second = false) {
+    LLVM::Prefetch::create(b, loc, p, /*rw=*/0, /*hint=*/second ? 2 : 3, /*cache=*/1);
+  }
 
   /// for (i64 i = 0; i < end; i += step), with the builder inside while `body` runs.
   void loop(Value end, int64_t step, function_ref<void(Value)> body) {

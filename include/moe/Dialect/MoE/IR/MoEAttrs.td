@@ -429,7 +429,7 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
   let description = [{
     A kernel computes `rows` × (32 · `panels`) products: every accumulator stays in a register, the
     reduction runs upwards. `order` is the operand that is loaded first, `prefetch` the distance in
-    bytes of the prefetch of the panel (0 = none). `product` is the instruction of every term:
+    bytes of the prefetch of the panel (0 = none; into L2 in kernels of at most 8 rows, else L1). `product` is the instruction of every term:
 
     * `fma`: fused multiply-add of f32, one k at a time; bf16 weights are widened exactly.
     * `dot_bf16`: `vdpbf16ps` on rows and weights of bf16, two k at a time (fma with the odd one,
