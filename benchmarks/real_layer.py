@@ -14,7 +14,7 @@ the other, and with transformers' block in bf16, within the project's bounds:
 - anonymous memory of at most the largest group of tensors (gate and up of an expert) and
   500 MB; files that are mapped do not count, the system can drop their pages.
 
-Exits with 1 if one of them does not hold. Minutes, and 12 GB of memory for the comparison.
+Exits with 1 if one of them does not hold. Minutes, and 14 GB of memory for the comparison.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def command(*arguments: object) -> tuple[float, float]:
         nonlocal most
         while not done.is_set():
             most = max(most, sum(map(anonymous, family(process.pid))))
-            done.wait(0.002)
+            done.wait(0.01)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -589,3 +589,42 @@ def check_layer(layer: Any, block: Block, x: torch.Tensor, dtype: str, what: str
     # One chain of H additions, as ruled: its error grows with sqrt(H) and with the logits.
     routed = 2**-25 * math.sqrt(h) * float(np.abs(exact.logits).max(initial=0.0))
     check_close(y[clear], ref(x)[keep], own[clear], dtype, h, f, what, block, call, routed)
+
+
+def fused(w: np.ndarray, row: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """f32 fma(w, row, y): the product is exact in 64 bits of mantissa, the sum is rounded there and
+    then to f32, which differs from one rounding about once in 2**40 sums."""
+    wide = np.longdouble
+    return (w.astype(wide) * row.astype(wide) + y.astype(wide)).astype(np.float32)
+
+
+def check_combine(layer: Any, block: Block, x: torch.Tensor, dtype: str, what: str) -> None:
+    """Asserts how rows become sums: an expert's row is rounded to the compute dtype before it is
+    weighted, and y is a chain of fused multiply-adds in ascending order of experts, bit for bit.
+    """
+    count, experts = len(x), block.spec["E"]
+
+    def call(ids, weights):
+        y = layer.experts(x, ids, weights, out=poisoned(x.shape, torch.float32))
+        return y.numpy()
+
+    ones = torch.ones(count, 1)
+    rows = np.stack([call(torch.full((count, 1), e), ones) for e in range(experts)])
+    if dtype == "bf16":
+        assert not (rows.view(np.uint32) & 0xFFFF).any(), f"{what}: a row is not rounded to bf16"
+        if layer.info.level != "avx512-bf16":  # which rounds h, too
+            exact = [
+                block.reference().experts(x, torch.full((count, 1), e), ones)
+                for e in range(experts)
+            ]
+            half = np.ldexp(1.0, np.frexp(exact)[1] - 9)  # half a unit in the last place of bf16
+            slack = half + 1e-5 * np.abs(exact).max()
+            assert (np.abs(rows - exact) <= slack).all(), f"{what}: rows not rounded to nearest"
+    g = torch.Generator().manual_seed(count)
+    ids = torch.stack([torch.randperm(experts, generator=g)[:8] for _ in range(count)])
+    weights = torch.rand(ids.shape, generator=g) - 0.25
+    y = np.zeros(x.shape, np.float32)
+    for e in range(experts):
+        token, slot = np.nonzero(ids.numpy() == e)
+        y[token] = fused(weights.numpy()[token, slot][:, None], rows[e, token], y[token])
+    assert np.array_equal(call(ids, weights), y), f"{what}: not a chain in order of experts"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -55,6 +56,26 @@ def test_small_run(tmp_path):
         if name != "ratio":
             text = (pictures / f"tiny-bf16-zipf-{name}.svg").read_text()
             assert text.startswith("<svg") and text.rstrip().endswith("</svg>")
+
+
+def test_a_layer_from_checkpoint_to_checked_numbers(tmp_path):
+    """The command for Mixtral's real size, at a small one."""
+    environment = dict(os.environ, PYTHONPATH=str(BUILD / "python"), PYTHONUNBUFFERED="1")
+    sizes = ["--hidden", 72, "--width", 56, "--experts", 5, "--tokens", "1,9", "--threads", 1]
+    arguments = [*sizes, "--out", tmp_path / "layer"]
+    done = run(ROOT / "benchmarks/real_layer.py", *arguments, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("Within every bound.")
+    assert "| 9 | x86-64-v3 |" in done.stdout and "| run, T = 9 |" in done.stdout
+    # A wrong output is seen.
+    y = tmp_path / "layer/y9.npy"
+    bad = np.load(y)
+    bad[3] *= 1.02
+    np.save(y, bad)
+    stage = ["--stage", "compare"]
+    done = run(ROOT / "benchmarks/real_layer.py", *arguments, *stage, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert not json.loads((tmp_path / "layer/compare.json").read_text())["good"]
 
 
 def test_refusals(tmp_path):

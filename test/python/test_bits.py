@@ -126,6 +126,16 @@ def test_other_tensors_around_the_same_numbers(base, dtype):
         if dtype == "f32":
             out = layer(x, out=oracle.poisoned(x.shape, torch.bfloat16))
             assert same(out, y.bfloat16())
+        else:  # what is finer than bf16 is rounded, to nearest, when it is read
+            fine = oracle.tokens(COUNT, x.shape[1], "f32")
+            assert same(layer(fine).bfloat16(), layer(fine.bfloat16()))
+
+
+def test_rows_are_rounded_and_added_in_order(base, dtype, level):
+    c, library, xs, _ = base
+    for layer, block, x in zip(library.layers, c.checkpoint.blocks, xs, strict=True):
+        if layer.kind == "moe":
+            oracle.check_combine(layer, block, x[:5], dtype, f"{layer.name} {level}")
 
 
 def test_callers_at_the_same_time(base, level):
