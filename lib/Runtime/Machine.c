@@ -7,12 +7,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 /* ---- CPU levels ---- */
 
 static const moec_level_info levels[] = {
-    {"x86-64-v3", 3, 1}, {"x86-64-v4", 4, 1}, {"avx512-bf16", 5, 1}, {"amx-bf16", 6, 0}};
+    {"x86-64-v3", 3, 1}, {"x86-64-v4", 4, 1}, {"avx512-bf16", 5, 1}, {"amx-bf16", 6, 1}};
 
 const moec_level_info *moec_find_level(const char *name) {
   for (size_t i = 0; i < sizeof levels / sizeof *levels; ++i)
@@ -22,21 +23,21 @@ const moec_level_info *moec_find_level(const char *name) {
 }
 
 typedef struct {
-  uint32_t c1, b7, c80; /* ecx of leaf 1, ebx of leaf 7, ecx of leaf 0x80000001 */
-  uint32_t a71;         /* eax of leaf 7, subleaf 1 */
-  uint32_t xcr0;        /* register state that the system saves */
-  bool amd;             /* AMD, or Hygon, which makes AMD's cores */
+  uint32_t c1, b7, d7, c80; /* ecx of leaf 1, ebx, edx of leaf 7, ecx of leaf 0x80000001 */
+  uint32_t a71;             /* eax of leaf 7, subleaf 1 */
+  uint32_t xcr0;            /* register state that the system saves */
+  bool amd;                 /* AMD, or Hygon, which makes AMD's cores */
 } features;
 
 static features read_features(void) {
-  features f = {0, 0, 0, 0, 0, false};
+  features f = {0, 0, 0, 0, 0, 0, false};
   uint32_t a, b, c, d;
   if (__get_cpuid(0, &a, &b, &c, &d))
     f.amd = b == 0x68747541u /* "Auth" */ || b == 0x6f677948u /* "Hygo" */;
   if (__get_cpuid(1, &a, &b, &c, &d))
     f.c1 = c;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d))
-    f.b7 = b;
+    f.b7 = b, f.d7 = d;
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d))
     f.a71 = a;
   if (__get_cpuid(0x80000001u, &a, &b, &c, &d))
@@ -89,6 +90,20 @@ const char *moec_missing_feature(const moec_level_info *level) {
   }
   if (level->rank >= 5 && !(f.a71 & (1u << 5)))
     return "AVX512-BF16";
+#ifndef MOEC_EMULATE_AMX /* test/tools/amx_run.c executes these instructions in software */
+  if (level->rank >= 6) {
+    if (!(f.d7 & (1u << 24)))
+      return "AMX-TILE";
+    if (!(f.d7 & (1u << 22)))
+      return "AMX-BF16";
+    if ((f.xcr0 & 0x60000u) != 0x60000u)
+      return "AMX tiles enabled by the operating system";
+    /* Process-wide, and for ever: signal frames get room for the tiles. */
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA))
+      return "AMX tiles that the operating system permits";
+  }
+#endif
   return NULL;
 }
 

@@ -433,12 +433,13 @@ static int read_cap(opening *o, const char *name, const char *source) {
   const moec_level_info *level = moec_find_level(name);
   if (!level)
     return moec_fail(o->error, MOEC_E_ISA,
-                     "%s: %s: expected x86-64-v3, x86-64-v4 or avx512-bf16, but got \"%s\"",
+                     "%s: %s: expected x86-64-v3, x86-64-v4, avx512-bf16 or amx-bf16, but got "
+                     "\"%s\"",
                      o->where, source, name);
   if (!level->built)
     return moec_fail(
         o->error, MOEC_E_ISA,
-        "%s: %s: expected x86-64-v3, x86-64-v4 or avx512-bf16, but got %s, a level for "
+        "%s: %s: expected x86-64-v3, x86-64-v4, avx512-bf16 or amx-bf16, but got %s, a level for "
         "which this version generates no code",
         o->where, source, name);
   const char *missing = moec_missing_feature(level);

@@ -385,7 +385,6 @@ def test_interrupted(checkpoint, tmp_path):
         ["--layers", "x"],
         ["--nonsense"],
         ["--target", "cuda"],
-        ["--cpu", "amx-bf16"],
     ],
 )
 def test_options(checkpoint, options):

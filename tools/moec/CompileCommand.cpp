@@ -49,8 +49,8 @@ static cl::opt<std::string> targetOption("target", cl::init("cpu"),
 static cl::opt<std::string>
     cpuOption("cpu", cl::init("multi"),
               cl::desc("CPU levels (default multi: every level in one library, chosen at load)"),
-              cl::value_desc("native|x86-64-v3|x86-64-v4|avx512-bf16|multi"), cl::cat(category()),
-              cl::sub(compileParser()));
+              cl::value_desc("native|x86-64-v3|x86-64-v4|avx512-bf16|amx-bf16|multi"),
+              cl::cat(category()), cl::sub(compileParser()));
 static cl::opt<std::string> checkpointOption("checkpoint",
                                              cl::desc("Where weights come from, if not from MODEL"),
                                              cl::value_desc("PATH|random:SEED|none"),

@@ -95,6 +95,8 @@ static llvm::Expected<std::string> nativeLevel() {
     return makeError(ErrorCode::ISA, "--cpu native", "a CPU of level x86-64-v3 or better",
                      llvm::sys::getHostCPUName(), "name a level to compile for another machine");
   if (all({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})) {
+    if (all({"avx512bf16", "amx-tile", "amx-bf16"}))
+      return std::string("amx-bf16");
     // As in the runtime: only where its products are faster than fused multiply-adds.
     bool amd = llvm::sys::getHostCPUName().starts_with("znver");
     return std::string(amd && features.lookup("avx512bf16") ? "avx512-bf16" : "x86-64-v4");

@@ -20,9 +20,7 @@ static const CPULevel levels[] = {
     {"x86-64-v3", "v3", 30, "x86-64-v3", "", 256, 16, true, "", false},
     {"x86-64-v4", "v4", 40, "x86-64-v4", "", 512, 32, true, "", false},
     {"avx512-bf16", "bf16", 50, "x86-64-v4", "+avx512bf16", 512, 32, true, "", true},
-    {"amx-bf16", "amx", 60, "x86-64-v4", "+avx512bf16,+amx-tile,+amx-bf16", 512, 32, false,
-     "level `amx-bf16` is known but not built yet; use `avx512-bf16` or `x86-64-v4`, which run on "
-     "the same machines",
+    {"amx-bf16", "amx", 60, "x86-64-v4", "+avx512bf16,+amx-tile,+amx-bf16", 512, 32, true, "", true,
      true},
 };
 

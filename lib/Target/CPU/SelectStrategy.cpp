@@ -78,7 +78,9 @@ static KernelProduct productOf(GroupedMatmulOp matmul, const CPULevel &level) {
       matmul.getRowType() ? *matmul.getRowType() : getElementTypeOrSelf(matmul.getRows().getType());
   auto format = dyn_cast<FormatAttr>(matmul.getWeightType().getFormat());
   bool bf16 = rows.isBF16() && format && format.getValue() == PlainFormat::BF16;
-  return level.bf16Products && bf16 ? KernelProduct::DotBF16 : KernelProduct::Fma;
+  if (!level.bf16Products || !bf16)
+    return KernelProduct::Fma;
+  return level.tiles ? KernelProduct::TileBF16 : KernelProduct::DotBF16;
 }
 
 /// Defaults by level and shape. The reasons are measurements: a block as tall as the registers
@@ -89,12 +91,12 @@ static Fields defaults(const CPULevel &level, WeightType weight, bool combine,
   Fields fields;
   fields.product = product;
   fields.panels = 1;
-  fields.rows = mostRows(level, 1);
+  fields.rows = product == KernelProduct::TileBF16 ? 32 : mostRows(level, 1);
   // With fewer rows than vectors, broadcasting the rows first leaves fewer live registers.
   fields.order =
       fields.rows < 32 / int64_t(level.lanes()) ? KernelOrder::AFirst : KernelOrder::BFirst;
   fields.prefetch = 1024;
-  int64_t elementBytes = product == KernelProduct::DotBF16 ? 2 : 4;
+  int64_t elementBytes = product == KernelProduct::Fma ? 4 : 2;
   int64_t fit = (int64_t(1) << 20) / (elementBytes * weight.getCols());
   fit = std::clamp<int64_t>(fit, 4 * fields.rows, 512);
   // A whole number of blocks, so that no chunk ends in a thin one.

@@ -142,7 +142,7 @@ private:
   Chunk chunkAt(OpBuilder &b, const Groups &groups, Value index);
   Value usedRows(OpBuilder &b, const Groups &groups);
   /// for every block of a chunk: body(first row of the block in the chunk, rows of the block).
-  void forBlocks(OpBuilder &b, Value rows, int64_t blockRows,
+  void forBlocks(OpBuilder &b, Value rows, UkernelAttr kernel,
                  llvm::function_ref<void(OpBuilder &, Value, Value)> body);
   void sortPairs(OpBuilder &b, Value ids, const Groups &groups, Value pair, Value cursor);
   /// Panels per task of a stage that owns its panels for all rows.
@@ -179,6 +179,10 @@ private:
     return kernel.getProduct() == KernelProduct::Fma
                ? std::make_pair(Type(b.getF32Type()), roundUp(cols, 16))
                : std::make_pair(Type(b.getBF16Type()), roundUp(cols, 32));
+  }
+  /// Elements beyond a row block that a kernel may read: a tile is loaded whole, whatever the rows.
+  static int64_t blockSlack(UkernelAttr kernel) {
+    return kernel.getProduct() == KernelProduct::TileBF16 ? 16 * 32 : 0;
   }
   int64_t nextCounter() { return counters++; }
   int64_t lanesOf() const { return level->lanes(); }
@@ -284,10 +288,18 @@ Value EntryTiler::usedRows(OpBuilder &b, const Groups &groups) {
   return index.load(groups.offsets, index.constant(groups.experts));
 }
 
-void EntryTiler::forBlocks(OpBuilder &b, Value rows, int64_t blockRows,
+void EntryTiler::forBlocks(OpBuilder &b, Value rows, UkernelAttr kernel,
                            llvm::function_ref<void(OpBuilder &, Value, Value)> body) {
   Index index(b, loc);
-  Value blocks = index.ceilDiv(rows, blockRows);
+  Value blocks = index.ceilDiv(rows, kernel.getRows());
+  if (kernel.getProduct() == KernelProduct::TileBF16) {
+    // Tiles are whole: blocks of nearly equal size would cut more of them.
+    forLoop(b, index.constant(0), rows, kernel.getRows(), [&](OpBuilder &b, Value begin) {
+      Index index(b, loc);
+      body(b, begin, index.min(index.sub(rows, begin), index.constant(kernel.getRows())));
+    });
+    return;
+  }
   forLoop(b, index.constant(0), blocks, 1, [&](OpBuilder &b, Value block) {
     Index index(b, loc);
     Value begin = index.part(rows, block, blocks);
@@ -673,7 +685,8 @@ LogicalResult EntryTiler::tileMatmulToBuffer(GroupedMatmulOp op, const Groups &g
     if (!outType.getElementType().isF32() && kernel.getProduct() == KernelProduct::Fma)
       return op.emitOpError("expected an f32 result for row blocks, but got ")
              << outType.getElementType();
-    out = alloc(b, {ShapedType::kDynamic}, outType.getElementType(), index.mul(rows, blockStride));
+    Value size = index.add(index.mul(rows, blockStride), index.constant(blockSlack(kernel)));
+    out = alloc(b, {ShapedType::kDynamic}, outType.getElementType(), size);
   } else if (outType.getRank() == 3) {
     out =
         alloc(b, {ShapedType::kDynamic, weight.getParts(), width}, outType.getElementType(), rows);
@@ -689,7 +702,9 @@ LogicalResult EntryTiler::tileMatmulToBuffer(GroupedMatmulOp op, const Groups &g
   Value packed = physical(op.getRows());
   if (!blockedSource) {
     Value most = bodyIndex.min(rows, bodyIndex.constant(strategy.getChunkRows()));
-    packed = alloc(body, {ShapedType::kDynamic}, element, bodyIndex.mul(most, padded));
+    packed =
+        alloc(body, {ShapedType::kDynamic}, element,
+              bodyIndex.add(bodyIndex.mul(most, padded), bodyIndex.constant(blockSlack(kernel))));
   }
   int64_t panels = weight.panelCount();
   int64_t groupPanels = strategy.getPanelsPerTask();
@@ -709,17 +724,16 @@ LogicalResult EntryTiler::tileMatmulToBuffer(GroupedMatmulOp op, const Groups &g
               arith::CmpIOp::create(b, loc, arith::CmpIPredicate::ne, chunkIndex, state[0]);
           auto guard = scf::IfOp::create(b, loc, other, /*withElseRegion=*/false);
           OpBuilder inner = OpBuilder::atBlockTerminator(guard.thenBlock());
-          forBlocks(inner, chunk.rows, kernel.getRows(),
-                    [&](OpBuilder &b, Value begin, Value count) {
-                      Index index(b, loc);
-                      packBlock(b, op, index.add(chunk.first, begin), count,
-                                tailFrom(b, packed, index.mul(begin, padded)));
-                    });
+          forBlocks(inner, chunk.rows, kernel, [&](OpBuilder &b, Value begin, Value count) {
+            Index index(b, loc);
+            packBlock(b, op, index.add(chunk.first, begin), count,
+                      tailFrom(b, packed, index.mul(begin, padded)));
+          });
         }
         Value firstPanel = index.mul(group, groupPanels);
         Value endPanel =
             index.min(index.add(firstPanel, index.constant(groupPanels)), index.constant(panels));
-        forBlocks(b, chunk.rows, kernel.getRows(), [&](OpBuilder &b, Value begin, Value count) {
+        forBlocks(b, chunk.rows, kernel, [&](OpBuilder &b, Value begin, Value count) {
           Index index(b, loc);
           Value row = index.add(chunk.first, begin);
           Value a = tailFrom(b, packed, index.mul(blockedSource ? row : begin, padded));
@@ -764,49 +778,50 @@ LogicalResult EntryTiler::tileMatmulCombine(GroupedMatmulOp op, const Groups &gr
   Value packed = physical(op.getRows());
   if (!blockedSource) {
     Value most = bodyIndex.min(rowsTotal, bodyIndex.constant(strategy.getChunkRows()));
-    packed = alloc(body, {ShapedType::kDynamic}, element, bodyIndex.mul(most, padded));
+    packed =
+        alloc(body, {ShapedType::kDynamic}, element,
+              bodyIndex.add(bodyIndex.mul(most, padded), bodyIndex.constant(blockSlack(kernel))));
   }
   Value weights = op.getCombineWeights() ? flatten(body, op.getCombineWeights()) : Value();
   Value accumulate = accumulateOf(body, op.getAccumulate());
   Value perTask = panelsPerTask(body, stage, panels, most, step, tokens);
   Value total = bodyIndex.ceilDiv(bodyIndex.constant(panels), perTask);
-  claimTasks(
-      body, stage, total, /*guided=*/false, {},
-      [&](OpBuilder &b, Value task, ValueRange) -> SmallVector<Value> {
-        Index index(b, loc);
-        Value firstPanel = index.mul(task, perTask);
-        Value endPanel = index.min(index.add(firstPanel, perTask), index.constant(panels));
-        auto view = [&](OpBuilder &b, Value panel) {
-          return panelView(b, scratch, Index(b, loc).sub(panel, firstPanel), step, tokens);
-        };
-        forLoop(b, firstPanel, endPanel, step, [&](OpBuilder &b, Value panel) {
-          BeginPanelsOp::create(b, loc, view(b, panel), y, panel, accumulate,
-                                b.getI64IntegerAttr(step));
-        });
-        forLoop(b, index.constant(0), chunkCount(b, groups), 1, [&](OpBuilder &b, Value i) {
-          Chunk chunk = chunkAt(b, groups, i);
-          forBlocks(b, chunk.rows, kernel.getRows(), [&](OpBuilder &b, Value begin, Value count) {
-            Index index(b, loc);
-            Value row = index.add(chunk.first, begin);
-            Value a = packed;
-            if (blockedSource)
-              a = tailFrom(b, packed, index.mul(row, padded));
-            else
-              packBlock(b, op, row, count, packed);
-            forLoop(b, firstPanel, endPanel, step, [&](OpBuilder &b, Value panel) {
-              GemmTileOp::create(b, loc, count, a, op.getWeight(), chunk.expert, panel,
-                                 view(b, panel), row, op.getCombinePair(), weights,
-                                 op.getCombineSlots(),
-                                 ResultFormAttr::get(b.getContext(), ResultForm::Combine),
-                                 op.getCombineTypeAttr(), kernel);
-            });
-          });
-        });
-        forLoop(b, firstPanel, endPanel, step, [&](OpBuilder &b, Value panel) {
-          EndPanelsOp::create(b, loc, view(b, panel), y, panel, b.getI64IntegerAttr(step));
-        });
-        return {};
-      });
+  claimTasks(body, stage, total, /*guided=*/false, {},
+             [&](OpBuilder &b, Value task, ValueRange) -> SmallVector<Value> {
+               Index index(b, loc);
+               Value firstPanel = index.mul(task, perTask);
+               Value endPanel = index.min(index.add(firstPanel, perTask), index.constant(panels));
+               auto view = [&](OpBuilder &b, Value panel) {
+                 return panelView(b, scratch, Index(b, loc).sub(panel, firstPanel), step, tokens);
+               };
+               forLoop(b, firstPanel, endPanel, step, [&](OpBuilder &b, Value panel) {
+                 BeginPanelsOp::create(b, loc, view(b, panel), y, panel, accumulate,
+                                       b.getI64IntegerAttr(step));
+               });
+               forLoop(b, index.constant(0), chunkCount(b, groups), 1, [&](OpBuilder &b, Value i) {
+                 Chunk chunk = chunkAt(b, groups, i);
+                 forBlocks(b, chunk.rows, kernel, [&](OpBuilder &b, Value begin, Value count) {
+                   Index index(b, loc);
+                   Value row = index.add(chunk.first, begin);
+                   Value a = packed;
+                   if (blockedSource)
+                     a = tailFrom(b, packed, index.mul(row, padded));
+                   else
+                     packBlock(b, op, row, count, packed);
+                   forLoop(b, firstPanel, endPanel, step, [&](OpBuilder &b, Value panel) {
+                     GemmTileOp::create(b, loc, count, a, op.getWeight(), chunk.expert, panel,
+                                        view(b, panel), row, op.getCombinePair(), weights,
+                                        op.getCombineSlots(),
+                                        ResultFormAttr::get(b.getContext(), ResultForm::Combine),
+                                        op.getCombineTypeAttr(), kernel);
+                   });
+                 });
+               });
+               forLoop(b, firstPanel, endPanel, step, [&](OpBuilder &b, Value panel) {
+                 EndPanelsOp::create(b, loc, view(b, panel), y, panel, b.getI64IntegerAttr(step));
+               });
+               return {};
+             });
   return success();
 }
 

@@ -103,14 +103,26 @@ func.func private @target_level() attributes {test.attribute = #moe.target<cpu, 
 // -----
 
 // ukernel_level
-// expected-error @below {{expected level of a micro-kernel to be x86-64-v3, x86-64-v4 or avx512-bf16, but got "amx-bf16", which has no code yet}}
-func.func private @ukernel_level() attributes {test.attribute = #moe.ukernel<level = "amx-bf16", rows = 1, panels = 1>}
+// expected-error @below {{expected level of a micro-kernel to be x86-64-v3, x86-64-v4, avx512-bf16 or amx-bf16, but got "x86-64-v2"}}
+func.func private @ukernel_level() attributes {test.attribute = #moe.ukernel<level = "x86-64-v2", rows = 1, panels = 1>}
 
 // -----
 
 // ukernel_product
 // expected-error @below {{expected product = dot_bf16 at level avx512-bf16 only, but got x86-64-v4}}
 func.func private @ukernel_product() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 1, panels = 1, product = dot_bf16>}
+
+// -----
+
+// ukernel_tiles
+// expected-error @below {{expected product = tile_bf16 at level amx-bf16 with rows = 16 or 32 and panels = 1, but got amx-bf16, rows = 8, panels = 1}}
+func.func private @ukernel_tiles() attributes {test.attribute = #moe.ukernel<level = "amx-bf16", rows = 8, panels = 1, product = tile_bf16>}
+
+// -----
+
+// ukernel_tiles_level
+// expected-error @below {{expected product = tile_bf16 at level amx-bf16 with rows = 16 or 32 and panels = 1, but got avx512-bf16, rows = 16, panels = 1}}
+func.func private @ukernel_tiles_level() attributes {test.attribute = #moe.ukernel<level = "avx512-bf16", rows = 16, panels = 1, product = tile_bf16>}
 
 // -----
 

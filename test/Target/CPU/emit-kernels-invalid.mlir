@@ -8,15 +8,6 @@ func.func @no_target(%x: memref<?x8xf32>, %n: index, %a: memref<?xf32>) {
 
 // -----
 
-func.func @no_kernels(%x: memref<?x8xf32>, %n: index, %a: memref<?xf32>)
-    attributes {moe.target = #moe.target<cpu, level = "amx-bf16">} {
-  // expected-error @+1 {{expected a level with kernels (x86-64-v3, x86-64-v4, avx512-bf16), but got amx-bf16}}
-  moe.pack_rows rows(%x : memref<?x8xf32>) range(%n, %n) compute = f32 into(%a : memref<?xf32>)
-  return
-}
-
-// -----
-
 func.func @gaps(%x: memref<?x8xf32, strided<[16, 2]>>, %n: index, %a: memref<?xf32>)
     attributes {moe.target = #moe.target<cpu, level = "x86-64-v3">} {
   // expected-error @+1 {{expected buffers whose elements are next to each other, but got 'memref<?x8xf32, strided<[16, 2]>>'}}

@@ -13,7 +13,8 @@
 //   rows16   a block of `count` rows: float [ceil(K/16)][count][16]; element (r, k) at
 //            (k/16)*count*64 + r*64 + (k%16)*4; columns K... are zero.
 //   rows32   a block of rows for products of bf16: bf16 [ceil(K/32)][count][32]; element (r, k) at
-//            (k/32)*count*64 + r*64 + (k%32)*2; columns K... are zero. (16 rows are an AMX tile.)
+//            (k/32)*count*64 + r*64 + (k%32)*2; columns K... are zero. 16 rows are an AMX tile;
+//            tiles are loaded whole, so that up to 960 bytes after the block must be readable.
 //   panel32  a weight panel of 32 columns: rows of 128 bytes, one k each in f32 (lane l at 4*l);
 //            two k each in bf16 (lane l: even k at 4*l, odd k at 4*l+2). With two parts lanes 0-15
 //            are 16 gate columns and lanes 16-31 the same 16 up columns.
@@ -22,7 +23,8 @@
 // count, panels, order, prefetch and form. With fused multiply-adds (KernelProduct::Fma) the bits
 // are those of every level and format; with products of bf16 pairs (DotBF16: acc = fma(a[2i+1],
 // b[2i+1], acc), then fma(a[2i], b[2i], acc), subnormal operands and results as zero) they are
-// those of all such kernels. There are no fast-math flags.
+// those of all such kernels, and with products of tiles (TileBF16: 32 k at a time, the sum of the
+// even and that of the odd k) those of all such kernels. There are no fast-math flags.
 //
 //===----------------------------------------------------------------------===//
 
@@ -79,7 +81,9 @@ struct GemmKernelSpec {
   int64_t prefetch = 0;
   /// Weights in bf16 (with Fma widened exactly in registers) instead of f32.
   bool bf16Weights = false;
-  /// DotBF16: rows32 block times weights in bf16 by vdpbf16ps; V4 only.
+  /// DotBF16: rows32 block times weights in bf16 by vdpbf16ps; V4 only. TileBF16: by tdpbf16ps;
+  /// rows is 16 or 32, the tiles that it has, and the kernel's argument says how many of them are
+  /// real.
   KernelProduct product = KernelProduct::Fma;
   /// 1, or 2 for gate and up in one panel.
   int64_t parts = 1;
@@ -94,6 +98,13 @@ struct GemmKernelSpec {
   std::string epilogueName;
 
   bool isDot() const { return product == KernelProduct::DotBF16; }
+  bool isTile() const { return product == KernelProduct::TileBF16; }
+  /// Columns of `a` in one group of 64 bytes a row: a rows32 or a rows16 block.
+  int64_t getGroupColumns() const { return product == KernelProduct::Fma ? 16 : 32; }
+  /// Instructions beyond the level's.
+  StringRef getFeatures() const {
+    return isTile() ? "+amx-tile,+amx-bf16" : isDot() ? "+avx512bf16" : "";
+  }
   /// A tile of few rows waits for its weights: a prefetch into L2 leaves the few buffers of misses
   /// of the first cache to the loads. A tall one computes while the lines come, and wants them
   /// near.
@@ -107,7 +118,7 @@ struct GemmKernelSpec {
   /// Vector registers of a step: the accumulators, the operand that is held whole, and one for the
   /// other.
   int64_t getRegisters() const;
-  bool fitsRegisters() const { return getRegisters() <= getLevelRegisters(level); }
+  bool fitsRegisters() const { return isTile() || getRegisters() <= getLevelRegisters(level); }
   /// The function name, for example
   /// "moe_gemm_v4_r14_p1_bf16_pf1024_blocked2_silu_0123456789abcdef".
   std::string getName() const;
@@ -118,10 +129,12 @@ struct GemmKernelSpec {
 /// Emits the kernel of `spec` at the builder's insertion point (a module body) under
 /// spec.getName(). Arguments:
 ///   (ptr a, ptr b, i64 groups, i64 panel_bytes, ptr out, form...)
-///     a            rows16 block of spec.rows rows; rows32 for DotBF16
+///     a            rows16 block of spec.rows rows; rows32 for DotBF16 and TileBF16
 ///     b            first panel; the others follow `panel_bytes` apart
-///     groups       columns of a in groups: ceil(K/16); for DotBF16 ceil(K/32)
-///   Blocked: out = the block's address of the first panel's columns, i64 columns = real output
+///     groups       columns of a in groups: ceil(K/16); for DotBF16 and TileBF16 ceil(K/32)
+///   TileBF16 has i64 rows before form...: rows of the block, 1 to spec.rows; it runs between the
+///   two functions of emitTileFrame Blocked: out = the block's address of the first panel's
+///   columns, i64 columns = real output
 ///            columns from there on (may be larger than the tile); with a bf16 result of one panel
 ///            of 16 columns, i64 fill: not 0 if the other half of the group, after this one, is to
 ///            be zeroed, because it has no panel
@@ -132,6 +145,11 @@ struct GemmKernelSpec {
 ///            is the scratch row of the first row
 /// No pointer needs more than element alignment.
 FailureOr<func::FuncOp> emitGemmKernel(OpBuilder &b, Location loc, const GemmKernelSpec &spec);
+
+/// The functions that give a thread the tiles of TileBF16 kernels (`begin`) and return them: all of
+/// eight tiles 16 rows of 64 bytes. No arguments. The name of one:
+StringRef getTileFrameName(bool begin);
+func::FuncOp emitTileFrame(OpBuilder &b, Location loc, bool begin);
 
 /// Spec of a function that gathers rows into a rows16 or rows32 block.
 struct PackKernelSpec {

@@ -35,6 +35,7 @@ struct CPULevel {
   bool implemented;          ///< false: the name is known, `refusal` says why it is not emitted
   llvm::StringRef refusal;   ///< one sentence; empty where implemented
   bool bf16Products;         ///< rows of bf16 times weights of bf16 are products of bf16 pairs
+  bool tiles = false;        ///< ... on tiles (AMX), where not by vector instructions
 
   /// f32 elements of one register: 8 or 16.
   unsigned lanes() const { return vectorBits / 32; }

@@ -310,7 +310,7 @@ LogicalResult TargetAttr::verify(function_ref<InFlightDiagnostic()> emitError, D
 }
 
 std::pair<int64_t, int64_t> UkernelAttr::getRegisterFile(StringRef level) {
-  if (level == kLevelV4 || level == kLevelAvx512Bf16)
+  if (level == kLevelV4 || level == kLevelAvx512Bf16 || level == kLevelAmxBf16)
     return {32, 16};
   if (level == kLevelV3)
     return {16, 8};
@@ -330,15 +330,20 @@ LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, 
                                   KernelProduct product) {
   auto [registers, lanes] = getRegisterFile(level);
   if (!registers)
-    return emitError() << "expected level of a micro-kernel to be x86-64-v3, x86-64-v4 or "
-                          "avx512-bf16, but got \""
-                       << level << "\"" << (isKnownLevel(level) ? ", which has no code yet" : "");
+    return emitError() << "expected level of a micro-kernel to be x86-64-v3, x86-64-v4, "
+                          "avx512-bf16 or amx-bf16, but got \""
+                       << level << "\"";
   if (rows < 1 || rows > registers)
     return emitError() << "expected rows in [1, " << registers << "], but got " << rows;
   if (panels < 1 || panels > registers)
     return emitError() << "expected panels in [1, " << registers << "], but got " << panels;
+  bool tile = product == KernelProduct::TileBF16;
+  if (tile && (level != kLevelAmxBf16 || (rows != 16 && rows != 32) || panels != 1))
+    return emitError() << "expected product = tile_bf16 at level amx-bf16 with rows = 16 or 32 and "
+                          "panels = 1, but got "
+                       << level << ", rows = " << rows << ", panels = " << panels;
   int64_t needed = getRegistersNeeded(rows, panels * 32 / lanes);
-  if (needed > registers)
+  if (!tile && needed > registers)
     return emitError() << "expected a micro-kernel in the " << registers << " registers of "
                        << level << ", but got rows = " << rows << ", panels = " << panels
                        << ", which need " << needed;

@@ -129,14 +129,16 @@ LogicalResult GemmTileOp::verify() {
     return emitOpError() << "expected a result of rank " << rank << " into "
                          << stringifyResultForm(getForm()) << ", but got " << getRank(getOut());
   // gemm_tile_c6
-  bool dot = getUkernel().getProduct() == KernelProduct::DotBF16;
+  bool dot = getUkernel().getProduct() != KernelProduct::Fma;
   if (cast<MemRefType>(getA().getType()).getElementType().isBF16() != dot)
     return emitOpError() << "expected a block of " << (dot ? "bf16" : "f32")
                          << " for product = " << stringifyKernelProduct(getUkernel().getProduct())
                          << ", but got " << getA().getType();
   auto format = dyn_cast<FormatAttr>(weight.getFormat());
   if (dot && (!format || format.getValue() != PlainFormat::BF16))
-    return emitOpError() << "expected a weight of bf16 for product = dot_bf16, but got " << weight;
+    return emitOpError() << "expected a weight of bf16 for product = "
+                         << stringifyKernelProduct(getUkernel().getProduct()) << ", but got "
+                         << weight;
   bool f32 = cast<MemRefType>(getOut().getType()).getElementType().isF32();
   if (!f32 && (combine || (getForm() == ResultForm::Blocked && !dot)))
     return emitOpError() << "expected a result of f32 into " << stringifyResultForm(getForm())

@@ -67,8 +67,11 @@ private:
   FailureOr<func::FuncOp> get(StringRef name,
                               function_ref<FailureOr<func::FuncOp>(OpBuilder &)> emit);
 
+  LogicalResult frameTiles(GemmTileOp op);
+
   ModuleOp module;
   SymbolTable symbols;
+  llvm::SmallPtrSet<Block *, 4> framed; ///< stages and functions that have tiles
 };
 
 } // namespace
@@ -82,8 +85,8 @@ FailureOr<KernelLevel> KernelEmitter::getLevel(Operation *op) {
            << MoEDialect::kTargetAttrName << " around it, but got none";
   std::optional<KernelLevel> level = parseKernelLevel(target.getLevel());
   if (!level)
-    return op->emitOpError("expected a level with kernels (x86-64-v3, x86-64-v4, avx512-bf16), "
-                           "but got ")
+    return op->emitOpError("expected a level with kernels (x86-64-v3, x86-64-v4, avx512-bf16, "
+                           "amx-bf16), but got ")
            << target.getLevel();
   return *level;
 }
@@ -134,8 +137,8 @@ FailureOr<GemmKernelSpec> KernelEmitter::getSpec(GemmTileOp op) {
   UkernelAttr ukernel = op.getUkernel();
   std::optional<KernelLevel> level = parseKernelLevel(ukernel.getLevel());
   if (!level)
-    return op.emitOpError("expected a micro-kernel of x86-64-v3, x86-64-v4 or avx512-bf16, but "
-                          "got ")
+    return op.emitOpError("expected a micro-kernel of x86-64-v3, x86-64-v4, avx512-bf16 or "
+                          "amx-bf16, but got ")
            << ukernel.getLevel();
   WeightType weight = op.getWeight().getType();
   auto format = dyn_cast<FormatAttr>(weight.getFormat());
@@ -195,7 +198,7 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
       UnrealizedConversionCastOp::create(b, k.loc, k.ptr(), op.getWeight()).getResult(0);
   Value number = k.add(k.mul(toI64(k, op.getExpert()), weight.panelCount()), panel);
   SmallVector<Value> args = {a->pointer, k.at(weights, k.mul(number, panelBytes)),
-                             k.index(llvm::divideCeil(weight.getCols(), spec.isDot() ? 32 : 16)),
+                             k.index(llvm::divideCeil(weight.getCols(), spec.getGroupColumns())),
                              k.index(panelBytes)};
   Value firstColumn = k.mul(panel, panelCols);
   Value row = op.getRow() ? toI64(k, op.getRow()) : Value();
@@ -264,6 +267,25 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
   }
   }
 
+  if (spec.isTile()) {
+    // Two kernels, for one tile of rows and for two. The others' arguments are shifted by one.
+    args.insert(args.begin() + 5, count);
+    func::FuncOp kernels[2];
+    for (int64_t high : {1, 2}) {
+      GemmKernelSpec exact = spec;
+      exact.rows = std::min(spec.rows, 16 * high);
+      FailureOr<func::FuncOp> kernel = get(
+          exact.getName(), [&](OpBuilder &at) { return emitGemmKernel(at, op.getLoc(), exact); });
+      if (failed(kernel))
+        return failure();
+      kernels[high - 1] = *kernel;
+    }
+    k.ifThenElse(
+        k.less(count, k.index(17)), [&] { call(k, kernels[0], args); },
+        [&] { call(k, kernels[1], args); });
+    return frameTiles(op);
+  }
+
   // One kernel per number of rows; a block of no rows has nothing to do.
   SmallVector<int64_t> cases;
   SmallVector<func::FuncOp> kernels;
@@ -289,6 +311,33 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
   }
   b.setInsertionPointToStart(&choice.getDefaultRegion().emplaceBlock());
   scf::YieldOp::create(b, k.loc);
+  return success();
+}
+
+/// Puts the functions that give and return tiles around the stage, or the function, of `op`, once:
+/// the configuration is loaded by a lane, not by a call.
+LogicalResult KernelEmitter::frameTiles(GemmTileOp op) {
+  auto stage = op->getParentOfType<StageOp>();
+  auto function = op->getParentOfType<func::FuncOp>();
+  Block *block = stage ? &stage.getBody().front() : &function.getBody().front();
+  if (!framed.insert(block).second)
+    return success();
+  if (!stage && !function.getBody().hasOneBlock())
+    return op.emitOpError("expected a stage or a function of one block around products of tiles, "
+                          "but got several blocks");
+  for (bool begin : {true, false}) {
+    FailureOr<func::FuncOp> frame = get(getTileFrameName(begin), [&](OpBuilder &at) {
+      return FailureOr<func::FuncOp>(emitTileFrame(at, op.getLoc(), begin));
+    });
+    if (failed(frame))
+      return failure();
+    OpBuilder b(op.getContext());
+    if (begin)
+      b.setInsertionPointToStart(block);
+    else
+      b.setInsertionPoint(block->getTerminator());
+    func::CallOp::create(b, op.getLoc(), *frame, ValueRange{});
+  }
   return success();
 }
 

@@ -26,7 +26,7 @@ using namespace mlir::moe;
 std::optional<KernelLevel> moe::parseKernelLevel(StringRef level) {
   if (level == "x86-64-v3")
     return KernelLevel::V3;
-  if (level == "x86-64-v4" || level == "avx512-bf16")
+  if (level == "x86-64-v4" || level == "avx512-bf16" || level == "amx-bf16")
     return KernelLevel::V4;
   return std::nullopt;
 }
@@ -77,7 +77,7 @@ static std::string hashRegion(Region &region) {
 }
 
 std::string GemmKernelSpec::getName() const {
-  const char *word = isDot() ? "dot" : level == KernelLevel::V3 ? "v3" : "v4";
+  const char *word = isTile() ? "amx" : isDot() ? "dot" : level == KernelLevel::V3 ? "v3" : "v4";
   std::string name =
       llvm::formatv("moe_gemm_{0}_r{1}_p{2}_{3}", word, rows, panels, bf16Weights ? "bf16" : "f32");
   if (prefetch)
@@ -96,7 +96,7 @@ std::string GemmKernelSpec::getName() const {
     break;
   }
   name += llvm::utostr(parts);
-  if (form != KernelForm::Blocked || isDot())
+  if (form != KernelForm::Blocked || product != KernelProduct::Fma)
     name += bf16Result ? "_bf16" : "_f32";
   if (epilogue)
     name += (epilogueName.empty() ? "" : "_" + epilogueName) + "_" + hashRegion(*epilogue);
@@ -124,11 +124,19 @@ LogicalResult GemmKernelSpec::verify(Location loc) const {
   if (form == KernelForm::Blocked && parts != 1 && !epilogue)
     return emitError(loc) << "kernel: expected a region to merge the parts of the blocked form, "
                              "but got none";
-  if (isDot() && (level != KernelLevel::V4 || !bf16Weights))
+  bool pairs = product != KernelProduct::Fma;
+  if (isTile() && ((rows != 16 && rows != 32) || panels != 1))
+    return emitError(loc) << "kernel: expected 16 or 32 rows and one panel for products of tiles, "
+                             "but got "
+                          << rows << " and " << panels;
+  if (isTile() && form == KernelForm::Blocked && !bf16Result)
+    return emitError(loc) << "kernel: expected a result of bf16 in the blocked form of tiles, but "
+                             "got f32";
+  if (pairs && (level != KernelLevel::V4 || !bf16Weights))
     return emitError(loc) << "kernel: expected x86-64-v4 and weights of bf16 for products of bf16, "
                              "but got "
                           << getLevelName(level) << " and " << (bf16Weights ? "bf16" : "f32");
-  if (form == KernelForm::Blocked && bf16Result && !isDot())
+  if (form == KernelForm::Blocked && bf16Result && !pairs)
     return emitError(loc) << "kernel: expected f32 in the blocked form of multiply-adds, but got "
                              "bf16";
   if (form == KernelForm::Blocked && bf16Result && parts == 2 && panels > 1 && panels % 2)
@@ -152,14 +160,17 @@ LogicalResult GemmKernelSpec::verify(Location loc) const {
 //===----------------------------------------------------------------------===//
 
 func::FuncOp KernelBuilder::start(StringRef name, KernelLevel level, ArrayRef<Type> args,
-                                  StringRef feature) {
+                                  StringRef features) {
   MLIRContext *context = b.getContext();
   auto function = func::FuncOp::create(b, loc, name, b.getFunctionType(args, {}));
   function.setPrivate();
   function->setAttr("llvm.linkage", LLVM::LinkageAttr::get(context, LLVM::Linkage::Internal));
   function->setAttr("target_cpu", b.getStringAttr(getLevelName(level)));
-  if (!feature.empty())
-    function->setAttr("target_features", LLVM::TargetFeaturesAttr::get(context, {feature}));
+  if (!features.empty()) {
+    SmallVector<StringRef> names;
+    features.split(names, ',');
+    function->setAttr("target_features", LLVM::TargetFeaturesAttr::get(context, names));
+  }
   // The scheduler models of most CPUs move loads up for their latency; this one keeps the emitted
   // order, which is what fits the registers. The instructions are those of the level.
   function->setAttr("tune_cpu", b.getStringAttr("znver3"));
@@ -195,6 +206,7 @@ public:
 
 private:
   SmallVector<Value> emitProduct();
+  void emitTiles();
   SmallVector<Value> emitSteps(Value a, Value bRow, int64_t steps, SmallVector<Value> acc);
   Value loadA(Value a, int64_t row, int64_t step);
   Value loadB(ArrayRef<Value> panelRows, int64_t vector, bool odd);
@@ -215,7 +227,9 @@ private:
   /// Keeps the odd k of pairs.
   Value highMask() { return splatI32(k.b, k.loc, lanes, static_cast<int32_t>(0xffff0000)); }
   /// Steps of k that a row of 128 bytes of the panel takes.
-  int64_t stepsPerRow() const { return spec.bf16Weights && !spec.isDot() ? 2 : 1; }
+  int64_t stepsPerRow() const {
+    return spec.bf16Weights && spec.product == KernelProduct::Fma ? 2 : 1;
+  }
   /// Output columns of a panel, and the vectors that hold them (parts merged).
   int64_t panelColumns() const { return 32 / spec.parts; }
   int64_t outVectors() const { return panelVectors / spec.parts; }
@@ -224,6 +238,7 @@ private:
   const GemmKernelSpec &spec;
   int64_t lanes, panelVectors, vectors;
   Value aBlock, bPanels, groups, panelBytes, out, stack, maskSlot;
+  Value realRows; // of a block of tiles
   SmallVector<Value> formArgs;
 };
 
@@ -359,6 +374,82 @@ SmallVector<Value> GemmEmitter::emitProduct() {
   });
 }
 
+/// The sums of a block of up to 16 or 32 rows into `stack`, rows of 32 columns: one or two tiles of
+/// rows (4, 5) by the two tiles of a panel (6, 7) into the sums (0 to 3). Tiles have fixed numbers,
+/// so there is nothing to allocate and nothing to spill.
+///
+/// The weights are wanted from the second cache. A kernel of one tile of rows reads its panel once
+/// and prefetches it `prefetch` bytes ahead. One of two tiles prefetches the next panel, which lies
+/// behind this one (also the next expert's), one line in each of 32 places of it at each step:
+/// walked line by line a prefetch holds the buffers that the loads of tiles wait for, while the
+/// hardware's streams follow 32 slow ones (measured by hand on a machine with AMX: a third at 64 to
+/// 128 rows).
+void GemmEmitter::emitTiles() {
+  OpBuilder &b = k.b;
+  int64_t high = spec.rows / 16;
+  auto call = [&](StringRef name, ArrayRef<int64_t> tiles, ValueRange rest = {}) {
+    SmallVector<Value> args;
+    for (int64_t tile : tiles)
+      args.push_back(LLVM::ConstantOp::create(b, k.loc, b.getI8Type(), b.getI8IntegerAttr(tile)));
+    llvm::append_range(args, rest);
+    LLVM::CallIntrinsicOp::create(b, k.loc, b.getStringAttr("llvm.x86." + name), args);
+  };
+  auto load = [&](StringRef name, int64_t tile, Value from, int64_t stride) {
+    call(name, {tile}, {from, k.index(stride)});
+  };
+  for (int64_t sum = 0; sum < 2 * high; ++sum)
+    call("tilezero", {sum});
+  Value aBytes = k.mul(realRows, 64), next = k.at(bPanels, panelBytes);
+  Value place = k.mul(groups, 64);
+  k.loop(groups, 1, [&](Value step) {
+    Value a = k.at(aBlock, k.mul(step, aBytes)), w = k.at(bPanels, k.mul(step, 2048));
+    if (spec.prefetch && high == 1) {
+      for (int64_t line = 0; line < 2048; line += 64)
+        k.prefetch(k.at(w, spec.prefetch + line), /*second=*/true);
+    } else if (spec.prefetch) {
+      Value line = k.at(next, k.mul(step, 64));
+      for (int64_t i = 0; i < 32; ++i, line = k.at(line, place))
+        k.prefetch(line, /*second=*/true);
+    }
+    // Rows by the hint of streams: they come from the second cache and need not evict the weights.
+    load("tileloaddt164", 4, a, 64);
+    load("tileloadd64", 6, w, 128);
+    call("tdpbf16ps", {0, 4, 6});
+    load("tileloadd64", 7, k.at(w, 64), 128);
+    call("tdpbf16ps", {1, 4, 7});
+    if (high == 2) {
+      load("tileloaddt164", 5, k.at(a, 16 * 64), 64);
+      call("tdpbf16ps", {2, 5, 6});
+      call("tdpbf16ps", {3, 5, 7});
+    }
+  });
+  for (int64_t sum = 0; sum < 2 * high; ++sum)
+    load("tilestored64", sum, k.at(stack, sum / 2 * 16 * 128 + sum % 2 * 64), 128);
+}
+
+StringRef moe::getTileFrameName(bool begin) {
+  return begin ? "moe_tiles_begin_amx" : "moe_tiles_end_amx";
+}
+
+func::FuncOp moe::emitTileFrame(OpBuilder &b, Location loc, bool begin) {
+  KernelBuilder k(b, loc);
+  func::FuncOp function =
+      k.start(getTileFrameName(begin), KernelLevel::V4, {}, "+amx-tile,+amx-bf16");
+  if (begin) {
+    // Palette 1; bytes of a row of each tile as i16 from byte 16 on, rows as i8 from byte 48 on.
+    Value config = LLVM::AllocaOp::create(b, loc, k.ptr(), b.getI8Type(), k.index(64), 64);
+    k.store(splatI32(b, loc, 16, 0), config);
+    k.store(k.int32(1), config);
+    k.store(splatI32(b, loc, 4, 64 << 16 | 64), k.at(config, 16));
+    k.store(splatI32(b, loc, 2, 0x10101010), k.at(config, 48));
+    LLVM::CallIntrinsicOp::create(b, loc, b.getStringAttr("llvm.x86.ldtilecfg"), config);
+  } else {
+    LLVM::CallIntrinsicOp::create(b, loc, b.getStringAttr("llvm.x86.tilerelease"), ValueRange{});
+  }
+  k.finish();
+  return function;
+}
+
 //===----------------------------------------------------------------------===//
 // Stores
 //===----------------------------------------------------------------------===//
@@ -385,10 +476,11 @@ LogicalResult GemmEmitter::forEachRow(ArrayRef<Value> acc,
   if (spec.rows == 1)
     return store(k.index(0), acc);
   int64_t rowBytes = vectors * lanes * 4;
+  Value rows = spec.isTile() ? realRows : k.index(spec.rows);
   for (auto [i, v] : llvm::enumerate(acc))
     k.store(v, k.at(stack, static_cast<int64_t>(i) * lanes * 4));
   LogicalResult result = success();
-  k.loop(k.index(spec.rows), 1, [&](Value row) {
+  k.loop(rows, 1, [&](Value row) {
     Value from = k.at(stack, k.mul(row, rowBytes));
     SmallVector<Value> loaded;
     for (int64_t v = 0; v < vectors; ++v)
@@ -510,6 +602,9 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
     return failure();
   Type ptr = k.ptr(), i64 = k.i64();
   SmallVector<Type> args = {ptr, ptr, i64, i64, ptr};
+  if (spec.isTile())
+    args.push_back(i64);
+  unsigned formArg = args.size();
   switch (spec.form) {
   case KernelForm::Blocked:
     args.append(fillsGroup() ? 2 : 1, i64);
@@ -523,14 +618,15 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
       args.append({ptr, ptr, i64});
     break;
   }
-  func::FuncOp function =
-      k.start(spec.getName(), spec.level, args, spec.isDot() ? "+avx512bf16" : "");
+  func::FuncOp function = k.start(spec.getName(), spec.level, args, spec.getFeatures());
   aBlock = function.getArgument(0);
   bPanels = function.getArgument(1);
   groups = function.getArgument(2);
   panelBytes = function.getArgument(3);
   out = function.getArgument(4);
-  for (unsigned i = 5; i < args.size(); ++i)
+  if (spec.isTile())
+    realRows = function.getArgument(5);
+  for (unsigned i = formArg; i < args.size(); ++i)
     formArgs.push_back(function.getArgument(i));
 
   if (spec.rows > 1)
@@ -544,7 +640,11 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
     maskSlot = LLVM::AllocaOp::create(k.b, k.loc, ptr, k.b.getF32Type(), k.index(lanes), 64);
     k.store(highMask(), maskSlot);
   }
-  SmallVector<Value> acc = emitProduct();
+  SmallVector<Value> acc;
+  if (spec.isTile())
+    emitTiles();
+  else
+    acc = emitProduct();
   LogicalResult stored = success();
   auto storeAll = [&](bool whole) {
     LogicalResult result = forEachRow(acc, [&](Value row, ArrayRef<Value> rowAcc) {

@@ -127,9 +127,9 @@ public:
   }
 
   /// A private function of `level` with `args` in which the builder is left; finish() returns
-  /// from it and restores the builder. `feature`: one beyond the level's, as "+avx512bf16".
+  /// from it and restores the builder. `features`: those beyond the level's, as "+avx512bf16".
   func::FuncOp start(StringRef name, KernelLevel level, ArrayRef<Type> args,
-                     StringRef feature = "");
+                     StringRef features = "");
   void finish();
 
 private:

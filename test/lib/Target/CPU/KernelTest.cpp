@@ -5,8 +5,8 @@
 //
 //===----------------------------------------------------------------------===//
 //
-// moe-kernel-test --level=x86-64-v3|x86-64-v4|avx512-bf16 [--asm FILE] [--ir FILE] [--no-run]
-//                 [--exhaustive] [--only TEXT] [--bench DEPTH]
+// moe-kernel-test --level=x86-64-v3|x86-64-v4|avx512-bf16|amx-bf16 [--asm FILE] [--ir FILE]
+//                 [--no-run] [--emulate] [--exhaustive] [--only TEXT] [--bench DEPTH]
 //
 // Emits every tile of the level's register budget in every weight format and form, compiles them
 // with the passes of the compiler and checks them in this process. Products must equal a loop of
@@ -15,10 +15,12 @@
 // guard bytes on both sides that must survive. --asm writes the assembly for asm_loops.py.
 //
 // avx512-bf16 builds what that level has beyond x86-64-v4, the products of bf16 pairs; their loop
-// is a software model of vdpbf16ps (see Operands::chain).
+// is a software model of vdpbf16ps (see Operands::chain). amx-bf16 has the products of tiles; with
+// --emulate their instructions are executed in software where the machine has none.
 //
 //===----------------------------------------------------------------------===//
 
+#include "../../../tools/AmxEmulator.h"
 #include "moe/Target/CPU/Codegen.h"
 #include "moe/Target/CPU/Kernels.h"
 #include "moe/Target/CPU/VectorMath.h"
@@ -37,6 +39,7 @@
 #include "mlir/Target/LLVMIR/Dialect/All.h"
 #include "mlir/Target/LLVMIR/Export.h"
 
+#include "llvm/ADT/StringSet.h"
 #include "llvm/ExecutionEngine/Orc/LLJIT.h"
 #include "llvm/IR/LegacyPassManager.h"
 #include "llvm/IR/Module.h"
@@ -59,16 +62,18 @@ using namespace mlir;
 using namespace mlir::moe;
 
 static llvm::cl::opt<std::string>
-    levelName("level", llvm::cl::desc("x86-64-v3, x86-64-v4, avx512-bf16"), llvm::cl::Required);
+    levelName("level", llvm::cl::desc("x86-64-v3, x86-64-v4, avx512-bf16, amx-bf16"),
+              llvm::cl::Required);
 static llvm::cl::opt<std::string> asmFile("asm", llvm::cl::desc("write the assembly here"));
 static llvm::cl::opt<std::string> irFile("ir", llvm::cl::desc("write the optimized LLVM IR here"));
 static llvm::cl::opt<int64_t> bench("bench", llvm::cl::desc("time products of this depth"));
 static llvm::cl::opt<bool> noRun("no-run", llvm::cl::desc("compile only"));
+static llvm::cl::opt<bool> emulate("emulate", llvm::cl::desc("AMX in software"));
 static llvm::cl::opt<bool> exhaustive("exhaustive", llvm::cl::desc("math on every float"));
 static llvm::cl::opt<std::string> only("only", llvm::cl::desc("kernels whose name contains this"));
 
-/// The level multiplies pairs of bf16.
-static bool dotLevel = false;
+/// The level multiplies pairs of bf16, on tiles.
+static bool dotLevel = false, tileLevel = false;
 static int failures = 0;
 
 template <typename... Args> static void fail(const char *format, Args &&...args) {
@@ -207,6 +212,7 @@ static double activate(StringRef name, double g, double u) {
 struct GemmCase {
   GemmKernelSpec spec;
   std::string name, activation;
+  int64_t rows; // of a block: a kernel of tiles takes any number up to spec.rows
 };
 
 /// Every tile of the budget in every format and form.
@@ -220,15 +226,24 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
       spec.epilogue = &function.getBody();
       spec.epilogueName = activation.str();
     }
-    cases.push_back({spec, spec.getName(), activation.str()});
+    std::vector<int64_t> counts = {spec.rows};
+    if (tileLevel)
+      counts = spec.rows == 16 ? std::vector<int64_t>{1, 2, 15, 16}
+                               : std::vector<int64_t>{17, 18, 31, 32};
+    for (int64_t rows : counts)
+      cases.push_back({spec, spec.getName(), activation.str(), rows});
   };
-  for (int64_t panels = 1; panels <= GemmKernelSpec::getMaxPanels(level); ++panels)
-    for (int64_t rows = 1; rows <= 16; ++rows)
+  for (int64_t panels = 1; panels <= (tileLevel ? 1 : GemmKernelSpec::getMaxPanels(level));
+       ++panels)
+    for (int64_t rows = tileLevel ? 16 : 1; rows <= (tileLevel ? 32 : 16);
+         rows += tileLevel ? 16 : 1)
       for (bool bf16 : {false, true}) {
         if (dotLevel && !bf16)
           continue;
         GemmKernelSpec spec;
-        spec.product = dotLevel ? KernelProduct::DotBF16 : KernelProduct::Fma;
+        spec.product = tileLevel  ? KernelProduct::TileBF16
+                       : dotLevel ? KernelProduct::DotBF16
+                                  : KernelProduct::Fma;
         spec.level = level;
         spec.rows = rows;
         spec.panels = panels;
@@ -248,13 +263,13 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
         s.bf16Result = dotLevel && (panels == 1 || panels % 2 == 0);
         add(s, "silu");
         // The other forms and activations on a few tiles: they share the loop.
-        bool few = panels <= 2 && (rows <= 3 || rows == 6 || rows == 14);
+        bool few = panels <= 2 && (tileLevel || rows <= 3 || rows == 6 || rows == 14);
         if (!few)
           continue;
         s.parts = 1;
         add(s);
         add(s, "silu1");
-        if (dotLevel) {
+        if (dotLevel && !tileLevel) {
           s.bf16Result = false;
           add(s);
         }
@@ -275,6 +290,8 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
         s.indexed = false;
         add(s);
         s = spec;
+        if (tileLevel)
+          continue; // one order, and both kinds of prefetch
         s.order = LoadOrder::BFirst;
         add(s);
         s.order = LoadOrder::AFirst;
@@ -298,7 +315,8 @@ struct Operands {
       : rows(rows), panels(panels), depth(depth),
         groups(dotLevel ? (depth + 31) / 32 : (depth + 15) / 16),
         panelBytes((depth + 31) / 32 * 32 * 32 * (bf16 ? 2 : 4)), bf16(bf16), a(rows * depth),
-        b(depth * panels * 32), aBlock(bytesA(rows, depth)), bPanels(panelBytes * panels) {
+        b(depth * panels * 32), aBlock(bytesA(rows, depth) + (tileLevel ? 960 : 0)),
+        bPanels(panelBytes * panels) {
     std::normal_distribution<float> normal;
     for (float &v : a)
       v = normal(random);
@@ -342,6 +360,19 @@ struct Operands {
   /// Zen 4 agrees bit for bit).
   float chain(int64_t r, int64_t c) const {
     float sum = 0.0f;
+    if (tileLevel) {
+      // tdpbf16ps: 32 k at a time the sum of the even and that of the odd products.
+      for (int64_t tile = 0; tile < depth; tile += 32) {
+        float parts[2] = {0, 0};
+        for (int64_t k = tile; k < tile + 32; ++k) {
+          float x = k < depth ? flush(a[r * depth + k]) : 0;
+          float y = k < depth ? flush(b[k * panels * 32 + c]) : 0;
+          parts[k % 2] = flush(std::fma(x, y, parts[k % 2]));
+        }
+        sum = flush(sum + flush(parts[0] + parts[1]));
+      }
+      return sum;
+    }
     if (dotLevel) {
       for (int64_t pair = 0; pair < depth; pair += 2)
         for (int64_t k : {pair + 1, pair})
@@ -368,16 +399,29 @@ struct Operands {
 };
 
 /// Element (r, c) of a blocked result.
-static float blockedAt(const GemmKernelSpec &spec, Buffer &out, int64_t r, int64_t c) {
-  if (spec.bf16Result)
-    return fromBF16(out.as<uint16_t>()[c / 32 * spec.rows * 32 + r * 32 + c % 32]);
-  return out.as<float>()[c / 16 * spec.rows * 16 + r * 16 + c % 16];
+static float blockedAt(const GemmCase &test, Buffer &out, int64_t r, int64_t c) {
+  if (test.spec.bf16Result)
+    return fromBF16(out.as<uint16_t>()[c / 32 * test.rows * 32 + r * 32 + c % 32]);
+  return out.as<float>()[c / 16 * test.rows * 16 + r * 16 + c % 16];
+}
+
+/// Calls a kernel; one of tiles takes the rows of the block before the arguments of its form.
+template <typename... Args>
+static void callKernel(void *address, const Operands &operands, char *out, Args... args) {
+  Operands &in = const_cast<Operands &>(operands);
+  char *a = in.aBlock.data(), *b = in.bPanels.data();
+  if (tileLevel)
+    reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, Args...)>(address)(
+        a, b, in.groups, in.panelBytes, out, in.rows, args...);
+  else
+    reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, Args...)>(address)(
+        a, b, in.groups, in.panelBytes, out, args...);
 }
 
 static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 &random) {
   const GemmKernelSpec &spec = test.spec;
-  Operands in(random, spec.rows, spec.panels, depth, spec.bf16Weights);
-  int64_t lanes = spec.panels * 32, rows = spec.rows;
+  Operands in(random, test.rows, spec.panels, depth, spec.bf16Weights);
+  int64_t lanes = spec.panels * 32, rows = test.rows;
   std::vector<float> chain(rows * lanes);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < lanes; ++c) {
@@ -415,21 +459,16 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
     if (!(std::fabs(want - got) <= bound))
       fail("{0}: expected {1}, but got {2}", where(r, c), want, got);
   };
-  char *a = in.aBlock.data(), *b = in.bPanels.data();
 
   switch (spec.form) {
   case KernelForm::Blocked: {
-    auto kernel =
-        reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, int64_t)>(
-            address);
     // One panel of 16 columns writes half of a group of a bf16 block: the first alone, the first
     // and zeros after it, the second.
     bool half = spec.bf16Result && columns == 16;
     for (int place = 0; place < (half ? 3 : 1); ++place)
       for (int64_t real : {columns, columns + 100, columns - 1, columns - 15, int64_t(1)}) {
         Buffer out(spec.bf16Result ? (columns + 31) / 32 * rows * 64 : columns * rows * 4);
-        kernel(a, b, in.groups, in.panelBytes, out.data() + (place == 2 ? 32 : 0), real,
-               place == 1);
+        callKernel(address, in, out.data() + (place == 2 ? 32 : 0), real, int64_t(place == 1));
         if (!out.guardsHold())
           fail("{0}: wrote outside its block", test.name);
         for (int64_t r = 0; half && r < rows; ++r) {
@@ -441,7 +480,7 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
         }
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t c = 0; c < columns; ++c) {
-            float got = blockedAt(spec, out, r, c + (place == 2 ? 16 : 0));
+            float got = blockedAt(test, out, r, c + (place == 2 ? 16 : 0));
             if (c < real)
               compare(r, c, 0, got);
             else if (bitsOf(got) != 0)
@@ -451,13 +490,11 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
     break;
   }
   case KernelForm::Rows: {
-    auto kernel = reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t,
-                                            int64_t, int64_t)>(address);
     int64_t outParts = spec.epilogue ? 1 : spec.parts, element = spec.bf16Result ? 2 : 4;
     int64_t partBytes = columns * element + 24, rowBytes = partBytes * outParts + 8;
     for (int64_t real : {columns, columns + 100, columns - 1, columns - 15, int64_t(1)}) {
       Buffer out(rowBytes * rows);
-      kernel(a, b, in.groups, in.panelBytes, out.data(), rowBytes, partBytes, real);
+      callKernel(address, in, out.data(), rowBytes, partBytes, real);
       if (!out.guardsHold())
         fail("{0}: wrote outside its rows", test.name);
       real = std::min(real, columns);
@@ -479,10 +516,6 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
     break;
   }
   case KernelForm::Combine: {
-    auto kernel = reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t,
-                                            int32_t *, float *, int64_t)>(address);
-    auto plain =
-        reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t)>(address);
     for (int64_t slots : {1, 3}) {
       // One token per row, in shuffled order; the last row repeats the first row's token.
       int64_t tokens = rows + 2;
@@ -515,10 +548,9 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
           v = spec.indexed ? std::fma(weights[pairs[r]], row, v) : v + row;
         }
       if (!spec.indexed)
-        plain(a, b, in.groups, in.panelBytes, y.data() + 128, scratchBytes);
+        callKernel(address, in, y.data() + 128, scratchBytes);
       else
-        kernel(a, b, in.groups, in.panelBytes, y.data(), scratchBytes, pairs.data(), weights.data(),
-               slots);
+        callKernel(address, in, y.data(), scratchBytes, pairs.data(), weights.data(), slots);
       if (!y.guardsHold())
         fail("{0}: wrote outside the scratch", test.name);
       for (int64_t t = 0; t < tokens; ++t)
@@ -537,30 +569,27 @@ static void benchGemm(const GemmCase &test, void *address, int64_t depth, std::m
   const GemmKernelSpec &spec = test.spec;
   if (spec.form != KernelForm::Blocked && (spec.form != KernelForm::Rows || spec.parts != 1))
     return;
-  Operands in(random, spec.rows, spec.panels, depth, spec.bf16Weights);
+  Operands in(random, test.rows, spec.panels, depth, spec.bf16Weights);
   int64_t columns = spec.panels * 32;
-  Buffer out(columns * spec.rows * 8);
+  Buffer out(columns * test.rows * 8);
   double best = 1e30;
   for (int repeat = 0; repeat < 200; ++repeat) {
     auto begin = std::chrono::steady_clock::now();
     for (int i = 0; i < 20; ++i)
-      reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, int64_t,
-                                int64_t)>(address)(in.aBlock.data(), in.bPanels.data(), in.groups,
-                                                   in.panelBytes, out.data(), columns * 4,
-                                                   columns * 4, columns);
+      callKernel(address, in, out.data(), columns * 4, columns * 4, columns);
     std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
     best = std::min(best, time.count() / 20);
   }
   llvm::outs() << llvm::formatv("{0}: {1:f1} GF/s\n", test.name,
-                                2.0 * spec.rows * columns * depth / best * 1e-9);
+                                2.0 * test.rows * columns * depth / best * 1e-9);
 }
 
 /// NaN and infinity stay in their rows; padding columns stay zero.
 static void checkGemmNaN(const GemmCase &test, void *address, std::mt19937 &random) {
   const GemmKernelSpec &spec = test.spec;
-  if (spec.form != KernelForm::Blocked || spec.rows < 3)
+  if (spec.form != KernelForm::Blocked || test.rows < 3)
     return;
-  Operands in(random, spec.rows, spec.panels, 33, spec.bf16Weights);
+  Operands in(random, test.rows, spec.panels, 33, spec.bf16Weights);
   in.a[5] = std::numeric_limits<float>::quiet_NaN();
   in.a[2 * 33 + 7] = std::numeric_limits<float>::infinity();
   // Make the last column of weights zero padding.
@@ -569,12 +598,11 @@ static void checkGemmNaN(const GemmCase &test, void *address, std::mt19937 &rand
     for (int64_t part = 0; part < spec.parts; ++part)
       in.b[k * spec.panels * 32 + spec.panels * 32 - 1 - part * (32 / spec.parts)] = 0;
   in.pack();
-  Buffer out(columns * spec.rows * 4);
-  reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, int64_t)>(address)(
-      in.aBlock.data(), in.bPanels.data(), in.groups, in.panelBytes, out.data(), columns - 1, 0);
-  for (int64_t r = 0; r < spec.rows; ++r)
+  Buffer out(columns * test.rows * 4);
+  callKernel(address, in, out.data(), columns - 1, int64_t(0));
+  for (int64_t r = 0; r < test.rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
-      float v = blockedAt(spec, out, r, c);
+      float v = blockedAt(test, out, r, c);
       if (c == columns - 1 ? bitsOf(v) != 0 : r == 0 ? !std::isnan(v) : r != 2 && !std::isfinite(v))
         fail("{0}: NaN test, row {1} column {2} is {3}", test.name, r, c, v);
     }
@@ -901,7 +929,8 @@ int main(int argc, char **argv) {
     llvm::errs() << "expected a level with kernels, but got " << levelName << "\n";
     return 2;
   }
-  dotLevel = levelName == "avx512-bf16";
+  tileLevel = levelName == "amx-bf16";
+  dotLevel = tileLevel || levelName == "avx512-bf16";
   llvm::InitializeNativeTarget();
   llvm::InitializeNativeTargetAsmPrinter();
   llvm::InitializeNativeTargetAsmParser();
@@ -927,9 +956,13 @@ int main(int argc, char **argv) {
   for (GemmCase &test : makeGemmCases(*level, *functions))
     if (wanted(test.name))
       gemms.push_back(test);
+  llvm::StringSet<> emitted;
   for (const GemmCase &test : gemms)
-    if (failed(emitGemmKernel(b, loc, test.spec)))
+    if (emitted.insert(test.name).second && failed(emitGemmKernel(b, loc, test.spec)))
       return 1;
+  if (tileLevel)
+    for (bool begin : {true, false})
+      emitTileFrame(b, loc, begin);
   std::vector<PackKernelSpec> packs;
   for (int i = 0; i < 8; ++i)
     if (!dotLevel || !(i & 2))
@@ -1040,6 +1073,10 @@ int main(int argc, char **argv) {
     return llvm::cantFail(jit->lookup(name)).toPtr<void *>();
   };
 
+  if (emulate)
+    amx_emulate();
+  if (tileLevel)
+    reinterpret_cast<void (*)()>(address(getTileFrameName(/*begin=*/true).str()))();
   std::mt19937 random(7);
   if (bench) {
     for (const GemmCase &test : gemms)
@@ -1065,6 +1102,10 @@ int main(int argc, char **argv) {
         "tanh", address("math_tanh"), [](double v) { return std::tanh(v); }, 4.0, 0, smallest);
     checkRound(address("math_round"));
   }
+  if (tileLevel)
+    reinterpret_cast<void (*)()>(address(getTileFrameName(/*begin=*/false).str()))();
+  if (emulate && !amx_products)
+    fail("expected instructions of AMX in software, but got none");
   llvm::outs() << llvm::formatv(
       "{0}: {1} products, {2} packs, {3} panels, {4} selections: ", levelName, gemms.size(),
       packs.size(), panels.size(), selects.size());

@@ -392,6 +392,7 @@ def MoE_KernelOrder : MoE_I32Enum<"KernelOrder", "which operand a micro-kernel l
 def MoE_KernelProduct : MoE_I32Enum<"KernelProduct", "the instruction of a micro-kernel's products", [
   I32EnumAttrCase<"Fma", 0, "fma">,
   I32EnumAttrCase<"DotBF16", 1, "dot_bf16">,
+  I32EnumAttrCase<"TileBF16", 2, "tile_bf16">,
 ]>;
 def MoE_RowSource : MoE_I32Enum<"RowSource", "where a grouped matmul finds its rows", [
   I32EnumAttrCase<"Gather", 0, "gather">,
@@ -411,7 +412,7 @@ def MoE_TargetAttr : MoE_Attr<"Target", "target"> {
   let summary = "what a function is compiled for";
   let description = [{
     Levels of `cpu`: `x86-64-v3` (AVX2 and FMA), `x86-64-v4` (AVX-512), `avx512-bf16` (products of
-    bf16 by `vdpbf16ps`), `amx-bf16`. The last has no code so far.
+    bf16 by `vdpbf16ps`), `amx-bf16` (products of bf16 on tiles of 16 rows by `tdpbf16ps`).
 
     Example:
 
@@ -436,7 +437,13 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
       then with the even one; subnormal operands and results count as zero). Levels `avx512-bf16`
       and up.
 
-    Register budget, with NV vectors per row (x86-64-v4: 2 · panels of 512 bits; x86-64-v3:
+    * `tile_bf16`: `tdpbf16ps` on tiles of 16 rows and 16 columns, 32 k at a time: the sum of the even
+      and that of the odd products of 32 k, each a chain of fma, are added to one another and then to
+      the result (subnormal numbers count as zero). Level `amx-bf16`. `rows` is 16 or 32 and `panels`
+      is 1: one or two tiles of rows by two of columns. A block has any number of rows up to `rows`;
+      what the last tile computes beyond them is not stored.
+
+    Register budget of the others, with NV vectors per row (x86-64-v4: 2 · panels of 512 bits; x86-64-v3:
     4 · panels of 256 bits):
 
     ```
