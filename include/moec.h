@@ -43,7 +43,7 @@ extern "C" {
 /* Version of this interface, major << 16 | minor. The library's file name carries the major number
    (libmoec.so.<major>). The runtime opens generated code of its own major number whose minor number
    is not above its own (else E-ABI). */
-#define MOEC_ABI 0x00010000u
+#define MOEC_ABI 0x00010001u
 
 /* Clears the struct variable `v` and sets its struct_size. */
 #define MOEC_INIT(v) (memset(&(v), 0, sizeof(v)), (void)((v).struct_size = sizeof(v)))
@@ -257,7 +257,8 @@ MOEC_API void moec_context_destroy(moec_context *context);
 /* moec_call.flags */
 enum {
   MOEC_ROUTED_ONLY = 1, /* the sum of w * f(x) alone, as transformers' Experts module computes it:
-                           no shared expert, no scale on the sum, no norm */
+                           no shared expert, no scale on the sum, no norm. Without it a call with
+                           `experts` given computes the whole layer with that routing */
   MOEC_ACCUMULATE = 2,  /* y += result: residual add, partial sums (y stays otherwise an output) */
   MOEC_SKIP_FOREIGN = 4 /* ids outside [0,E) are skipped; without it they are E-EXPERT-ID. -1 is
                            skipped always */
@@ -274,7 +275,8 @@ typedef struct {
   const DLTensor *experts;   /* [T,k] i32|i64, given together with `weights`: the router is skipped.
                                 k >= 0 need not be K. An id may occur twice in a row */
   const DLTensor *weights;   /* [T,k] f32|bf16|f16 */
-  const DLTensor *router_x;  /* [T,H]: what the router reads instead of x (MOEC_ROUTER_X) */
+  const DLTensor *router_x;  /* [T,H], of x's type: what the router reads instead of x
+                                (MOEC_ROUTER_X); not with `experts` given */
   const DLTensor *token_ids; /* [T] i32|i64 (MOEC_TOKEN_IDS) */
   const DLTensor *token_types; /* [T] i32|i64 (MOEC_TOKEN_TYPES) */
   const DLTensor *sequences;   /* [B+1] i32|i64: first token of each sequence (MOEC_SEQUENCES) */

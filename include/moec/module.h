@@ -26,9 +26,12 @@ typedef struct moec_frame {
   int32_t *offsets;      /*  96: [E+1] first sorted row of each expert; written by the sort */
   int64_t accumulate;    /* 104: 0 or 1: y += result */
   int64_t lanes;         /* 112: lanes the workspace was planned for */
-  int64_t reserved;      /* 120 */
+  int64_t routed_only;   /* 120: 0 or 1: without shared expert and factor of the sum */
   /* 128: counter i at [8*i] (one cache line each), zero at entry */
   int64_t counters[MOEC_COUNTERS * 8];
+  /* Since 1.1 of the interface: */
+  const void *router_x;    /* 1152: [T,H], read by the router instead of x; of x's type */
+  int64_t router_x_stride; /* 1160: elements between rows */
 } moec_frame;
 
 typedef void (*moec_stage_fn)(moec_frame *, int32_t lane, int32_t lanes);
@@ -54,7 +57,7 @@ typedef struct moec_level_code {
 typedef struct moec_weight_desc {     /* one packed tensor */
   const char *role;                   /* "router", "gate_up", "down" */
   const char *format;                 /* "f32", "bf16" */
-  const char *layout;                 /* "panel32-1" */
+  const char *layout;                 /* "panel32-1"; biases and scales "vector32-1" */
   int64_t experts, parts, rows, cols; /* [E][parts][Nout][Kin] */
   uint64_t bytes;                     /* multiple of 4096 */
 } moec_weight_desc;

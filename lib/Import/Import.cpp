@@ -12,9 +12,11 @@
 
 #include "mlir/Dialect/Arith/IR/Arith.h"
 #include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "mlir/Dialect/Math/IR/Math.h"
 #include "mlir/Dialect/Tensor/IR/Tensor.h"
 #include "mlir/IR/Diagnostics.h"
 #include "mlir/IR/ImplicitLocOpBuilder.h"
+#include "mlir/IR/Matchers.h"
 #include "mlir/IR/SymbolTable.h"
 #include "mlir/IR/Verifier.h"
 #include "llvm/Support/FormatVariadic.h"
@@ -52,36 +54,32 @@ ir::RouterAttr routerAttr(mlir::MLIRContext &context, const LayerSpec &layer) {
                                  same<ir::GroupFill>(r.groupFill, ir::symbolizeGroupFill));
   // norm_p is the dialect's default where it has no meaning, so that it is not printed.
   double power = r.renormalize == Renormalize::LpNorm ? r.normPower : 2.0;
-  return ir::RouterAttr::get(&context, same<ir::ScoreFunction>(r.score, ir::symbolizeScoreFunction),
-                             same<ir::RouterOrder>(r.order, ir::symbolizeRouterOrder), layer.K,
-                             same<ir::Renormalize>(r.renormalize, ir::symbolizeRenormalize),
-                             r.epsilon, power, r.scaleValue,
-                             same<ir::RouterPrecision>(r.precision, ir::symbolizeRouterPrecision),
-                             same<ir::RouterInput>(r.input, ir::symbolizeRouterInput), transform,
-                             same<ir::Selection>(r.select, ir::symbolizeSelection),
-                             same<ir::SelectionBias>(r.selectionBias, ir::symbolizeSelectionBias),
-                             groups, r.extraRowCount);
+  return ir::RouterAttr::get(
+      &context, same<ir::ScoreFunction>(r.score, ir::symbolizeScoreFunction),
+      same<ir::RouterOrder>(r.order, ir::symbolizeRouterOrder), layer.K,
+      same<ir::Renormalize>(r.renormalize, ir::symbolizeRenormalize), r.epsilon, power,
+      r.scaleValue, same<ir::RouterPrecision>(r.precision, ir::symbolizeRouterPrecision),
+      same<ir::RouterInput>(r.input, ir::symbolizeRouterInput), transform,
+      same<ir::Selection>(r.select, ir::symbolizeSelection),
+      same<ir::SelectionBias>(r.selectionBias, ir::symbolizeSelectionBias), groups, r.extraRowCount,
+      r.input == RouterInput::RMSNorm ? r.inputEpsilon : 0.0,
+      r.select == Select::Sparsemixer ? r.sparsemixerJitter : 0.0);
 }
 
 ir::ExpertAttr expertAttr(mlir::MLIRContext &context, const ExpertSpec &e) {
   ir::ClampAttr clamp;
   if (e.clamp != Clamp::None)
     clamp = ir::ClampAttr::get(&context, same<ir::ClampKind>(e.clamp, ir::symbolizeClampKind),
-                               e.clampLimit, e.clampAlpha);
+                               e.clampLimit, e.clamp == Clamp::OAI ? e.clampAlpha : 1.0,
+                               e.clamp == Clamp::Tanh ? e.clampUpLimit : 0.0);
   return ir::ExpertAttr::get(&context, same<ir::ExpertForm>(e.form, ir::symbolizeExpertForm),
                              same<ir::Activation>(e.activation, ir::symbolizeActivation), clamp,
                              e.bias, e.expertNorm, e.latent);
 }
 
-ir::CombineAttr combineAttr(mlir::MLIRContext &context, const CombineSpec &c) {
-  return ir::CombineAttr::get(&context, same<ir::CombineApply>(c.apply, ir::symbolizeCombineApply),
-                              c.sumScale, c.sharedWidth,
-                              same<ir::SharedGate>(c.sharedGate, ir::symbolizeSharedGate),
-                              same<ir::CombineJoin>(c.join, ir::symbolizeCombineJoin),
-                              c.output == OutputOp::RMSNorm, c.output == OutputOp::Bias);
-}
-
 ir::WeightType weightType(mlir::MLIRContext &context, const WeightSpec &weight) {
+  if (isVector(weight.role))
+    return ir::WeightType::getVector(&context, weight.experts, weight.parts, weight.rows);
   return ir::WeightType::get(&context, weight.experts, weight.parts, weight.rows, weight.cols,
                              same<ir::PlainFormat>(weight.format, ir::symbolizePlainFormat));
 }
@@ -131,12 +129,16 @@ private:
     mlir::Type type;
     int64_t weight = -1;
   };
+  /// The arguments of the function that is being built, by role; weights by their own role.
+  using Values = llvm::StringMap<mlir::Value>;
 
   mlir::Type matrix(int64_t width, mlir::Type element) {
     return mlir::RankedTensorType::get({mlir::ShapedType::kDynamic, width}, element);
   }
-  mlir::func::FuncOp begin(const std::string &symbol, llvm::StringRef entry,
-                           llvm::ArrayRef<Argument> arguments, mlir::TypeRange results);
+  mlir::FlatSymbolRefAttr begin(const std::string &symbol, llvm::StringRef entry,
+                                const LayerSpec &layer, llvm::SmallVector<Argument> arguments,
+                                llvm::function_ref<bool(llvm::StringRef)> wanted,
+                                mlir::TypeRange results);
   void end(mlir::ValueRange results);
   mlir::Value constant(int64_t value) { return mlir::arith::ConstantIndexOp::create(b, value); }
   mlir::Value emptyTensor(llvm::ArrayRef<int64_t> shape, mlir::Type element,
@@ -147,33 +149,54 @@ private:
   Functions functionsOf(const LayerSpec &layer);
   void buildMoE(const LayerSpec &layer, Functions &functions, const std::string &number);
   void buildDense(const LayerSpec &layer, Functions &functions, const std::string &number);
-  mlir::Value expertSum(const LayerSpec &layer, mlir::Value x, mlir::Value y, mlir::Value weights,
-                        mlir::Value ids, mlir::Value accumulate, mlir::Value up, mlir::Value down,
+  ir::RouterOp route(const LayerSpec &layer, mlir::ValueRange outs);
+  mlir::Value expertSum(const LayerSpec &layer, mlir::Value weights, mlir::Value ids,
                         mlir::Value slots);
+  mlir::Value addShared(const LayerSpec &layer, mlir::Value sums);
+  /// `usual`, or `only` in calls that want the routed sum alone.
+  mlir::Value unlessRoutedOnly(mlir::Value usual, mlir::Value only) {
+    return mlir::arith::SelectOp::create(b, values.lookup("routed_only"), only, usual);
+  }
+  mlir::Value real(double value) {
+    return mlir::arith::ConstantOp::create(b, b.getF32FloatAttr(static_cast<float>(value)));
+  }
 
   const ModelSpec &spec;
   mlir::MLIRContext &context;
   mlir::ImplicitLocOpBuilder b;
   mlir::Type compute, f32, i32;
+  Values values;
   std::map<std::string, Functions> shared;
   mlir::ModuleOp module;
 };
 
-mlir::func::FuncOp Importer::begin(const std::string &symbol, llvm::StringRef entry,
-                                   llvm::ArrayRef<Argument> arguments, mlir::TypeRange results) {
+/// Begins a function whose arguments are `arguments` and those weights of the layer whose role is
+/// `wanted`.
+mlir::FlatSymbolRefAttr Importer::begin(const std::string &symbol, llvm::StringRef entry,
+                                        const LayerSpec &layer,
+                                        llvm::SmallVector<Argument> arguments,
+                                        llvm::function_ref<bool(llvm::StringRef)> wanted,
+                                        mlir::TypeRange results) {
+  for (auto [i, weight] : llvm::enumerate(layer.weights))
+    if (wanted(weight.role))
+      arguments.push_back({weight.role, weightType(context, weight), static_cast<int64_t>(i)});
   llvm::SmallVector<mlir::Type> types;
   for (const Argument &argument : arguments)
     types.push_back(argument.type);
   auto func = mlir::func::FuncOp::create(b, symbol, b.getFunctionType(types, results));
   func->setAttr("moe.entry", b.getStringAttr(entry));
   func->setAttr("moe.compute", mlir::TypeAttr::get(compute));
+  mlir::Block *block = func.addEntryBlock();
+  values.clear();
   for (auto [i, argument] : llvm::enumerate(arguments)) {
-    func.setArgAttr(i, "moe.arg", b.getStringAttr(argument.role));
-    if (argument.weight >= 0)
+    bool isWeight = argument.weight >= 0;
+    func.setArgAttr(i, "moe.arg", b.getStringAttr(isWeight ? "weight" : argument.role));
+    if (isWeight)
       func.setArgAttr(i, "moe.weight_index", b.getI64IntegerAttr(argument.weight));
+    values[argument.role] = block->getArgument(i);
   }
-  b.setInsertionPointToStart(func.addEntryBlock());
-  return func;
+  b.setInsertionPointToStart(block);
+  return mlir::FlatSymbolRefAttr::get(func.getSymNameAttr());
 }
 
 void Importer::end(mlir::ValueRange results) {
@@ -181,10 +204,34 @@ void Importer::end(mlir::ValueRange results) {
   b.setInsertionPointToEnd(module.getBody());
 }
 
-/// dispatch, experts, combine: what `forward` and `experts` have in common.
-mlir::Value Importer::expertSum(const LayerSpec &layer, mlir::Value x, mlir::Value y,
-                                mlir::Value weights, mlir::Value ids, mlir::Value accumulate,
-                                mlir::Value up, mlir::Value down, mlir::Value slots) {
+/// Whether a weight belongs to the router: what `route` needs and `experts` does not.
+bool isRouterRole(llvm::StringRef role) {
+  return role == "router" || role == "router_bias" || role == "selection_bias" ||
+         role == "router_scale" || role == "per_expert_scale";
+}
+
+/// The factor of the routed sum that the join with the shared expert makes of `sum_scale`.
+double routedFactor(const CombineSpec &combine) {
+  return combine.join == Join::Average ? 0.5 * combine.sumScale : combine.sumScale;
+}
+
+/// Whether a call for the routed sum alone differs from the whole.
+bool hasRoutedOnly(const LayerSpec &layer) {
+  return layer.combine.shared == Shared::MLP || routedFactor(layer.combine) != 1.0;
+}
+
+ir::RouterOp Importer::route(const LayerSpec &layer, mlir::ValueRange outs) {
+  ir::RouterVectors vectors{values.lookup("router_bias"), values.lookup("selection_bias"),
+                            values.lookup("per_expert_scale"), values.lookup("router_scale")};
+  return ir::RouterOp::create(b, values.lookup(layer.router.routerX ? "router_x" : "x"),
+                              values.lookup("router"), vectors, outs, routerAttr(context, layer),
+                              mlir::TypeAttr::get(compute));
+}
+
+/// dispatch, experts, combine, shared expert: what `forward` and `experts` have in common.
+mlir::Value Importer::expertSum(const LayerSpec &layer, mlir::Value weights, mlir::Value ids,
+                                mlir::Value slots) {
+  mlir::Value x = values.lookup("x"), y = values.lookup("y");
   mlir::Value tokens = mlir::tensor::DimOp::create(b, x, 0);
   mlir::Value pairs = mlir::arith::MulIOp::create(b, tokens, slots);
   mlir::Value offsetsOut = emptyTensor({layer.E + 1}, i32, {});
@@ -192,85 +239,119 @@ mlir::Value Importer::expertSum(const LayerSpec &layer, mlir::Value x, mlir::Val
   auto dispatch = ir::DispatchOp::create(b, ids, layer.E, mlir::ValueRange{offsetsOut, pairOut});
   mlir::Value offsets = dispatch->getResult(0), pair = dispatch->getResult(1);
   mlir::Value rowsOut = emptyTensor({mlir::ShapedType::kDynamic, layer.H}, compute, pairs);
-  auto experts = ir::ExpertsOp::create(b, x, offsets, pair, up, down, slots, rowsOut,
-                                       expertAttr(context, layer.expert));
-  auto combine = ir::CombineOp::create(b, experts->getResult(0), offsets, pair, weights, slots,
-                                       accumulate, y, combineAttr(context, layer.combine));
-  return combine->getResult(0);
+  bool onInput = layer.combine.apply == Apply::Input, glu = layer.expert.form == Form::GLU;
+  auto experts = ir::ExpertsOp::create(
+      b, x, offsets, pair, values.lookup(glu ? "gate_up" : "up"), values.lookup("down"), slots,
+      values.lookup(glu ? "gate_up_bias" : "up_bias"), values.lookup("down_bias"),
+      onInput ? weights : mlir::Value(), rowsOut, expertAttr(context, layer.expert));
+  bool shared = layer.combine.shared == Shared::MLP;
+  // A shared expert goes on where this sum ends, so it stays f32.
+  mlir::Value out = shared ? emptyTensor({mlir::ShapedType::kDynamic, layer.H}, f32, tokens) : y;
+  mlir::Value scale;
+  if (double factor = routedFactor(layer.combine); factor != 1.0)
+    scale = unlessRoutedOnly(real(factor), real(1.0));
+  auto combine = ir::CombineOp::create(b, experts->getResult(0), offsets, out);
+  combine.getPairMutable().assign(pair);
+  combine.getWeightsMutable().assign(weights);
+  combine.getSlotsMutable().assign(slots);
+  combine.getAccumulateMutable().assign(values.lookup("accumulate"));
+  combine.setUnweighted(onInput);
+  if (shared)
+    combine.getStartMutable().assign(y);
+  if (scale)
+    combine.getScaleMutable().assign(scale);
+  mlir::Value sums = combine->getResult(0);
+  return shared ? addShared(layer, sums) : sums;
+}
+
+/// The shared expert's rows, weighted by its gate, on top of the f32 sums of the routed ones.
+mlir::Value Importer::addShared(const LayerSpec &layer, mlir::Value sums) {
+  mlir::Value x = values.lookup("x");
+  // No rows where the routed sum alone is wanted.
+  mlir::Value tokens = mlir::tensor::DimOp::create(b, x, 0);
+  mlir::Value rows = unlessRoutedOnly(tokens, constant(0));
+  bool glu = layer.expert.form == Form::GLU;
+  auto ffn = ir::FfnOp::create(b, x, values.lookup(glu ? "shared_gate_up" : "shared_up"),
+                               values.lookup("shared_down"), values.lookup("y"),
+                               expertAttr(context, layer.expert));
+  b.setInsertionPoint(ffn);
+  if (layer.combine.sharedGate == SharedGate::Sigmoid) {
+    mlir::Value offsets =
+        ir::SingleGroupOp::create(b, rows, emptyTensor({2}, i32, {}))->getResult(0);
+    auto gate =
+        ir::GroupedMatmulOp::create(b, x, offsets, values.lookup("shared_gate"),
+                                    emptyTensor({mlir::ShapedType::kDynamic, 1}, f32, tokens));
+    gate.setRowTypeAttr(mlir::TypeAttr::get(compute));
+    ir::buildSigmoid(b, b.getLoc(), gate.getEpilogue());
+    ffn.getGateMutable().assign(gate->getResult(0));
+  }
+  if (layer.combine.join == Join::Average)
+    ffn.getScaleMutable().assign(real(0.5));
+  mlir::Value yes = mlir::arith::ConstantOp::create(b, b.getBoolAttr(true));
+  b.setInsertionPointAfter(ffn);
+  ffn.getRowsMutable().assign(rows);
+  ffn.getAccumulateMutable().assign(yes);
+  ffn.getStartMutable().assign(sums);
+  return ffn->getResult(0);
 }
 
 void Importer::buildMoE(const LayerSpec &layer, Functions &functions, const std::string &number) {
   mlir::Type rows = matrix(layer.H, compute);
   mlir::Type w = matrix(layer.K, f32), e = matrix(layer.K, i32), l = matrix(layer.E, f32);
-  llvm::SmallVector<mlir::Type> types;
-  for (const WeightSpec &weight : layer.weights)
-    types.push_back(weightType(context, weight));
   mlir::Type flag = b.getI1Type();
-  ir::RouterAttr router = routerAttr(context, layer);
+  /// What a call may say or bring beyond the usual arguments.
+  auto withExtras = [&](llvm::SmallVector<Argument> arguments, bool routes, bool sums) {
+    if (sums && hasRoutedOnly(layer))
+      arguments.push_back({"routed_only", flag});
+    if (routes && layer.router.routerX)
+      arguments.push_back({"router_x", rows});
+    return arguments;
+  };
 
-  {
-    mlir::func::FuncOp f = begin("f" + number, "forward",
-                                 {{"x", rows},
-                                  {"y", rows},
-                                  {"weights", w},
-                                  {"experts", e},
-                                  {"accumulate", flag},
-                                  {"weight", types[0], 0},
-                                  {"weight", types[1], 1},
-                                  {"weight", types[2], 2}},
-                                 {rows, w, e});
-    functions.forward = mlir::FlatSymbolRefAttr::get(f.getSymNameAttr());
-    auto a = f.getArguments();
-    mlir::Value slots = constant(layer.K);
-    auto route = ir::RouterOp::create(b, a[0], a[5], mlir::ValueRange{a[2], a[3]}, router,
-                                      mlir::TypeAttr::get(compute));
-    mlir::Value z = expertSum(layer, a[0], a[1], route->getResult(0), route->getResult(1), a[4],
-                              a[6], a[7], slots);
-    end({z, route->getResult(0), route->getResult(1)});
-  }
-  {
-    mlir::func::FuncOp f =
-        begin("r" + number, "route",
-              {{"x", rows}, {"weights", w}, {"experts", e}, {"logits", l}, {"weight", types[0], 0}},
-              {w, e, l});
-    functions.route = mlir::FlatSymbolRefAttr::get(f.getSymNameAttr());
-    auto a = f.getArguments();
-    auto route = ir::RouterOp::create(b, a[0], a[4], mlir::ValueRange{a[1], a[2], a[3]}, router,
-                                      mlir::TypeAttr::get(compute));
-    end(route->getResults());
-  }
-  {
-    mlir::Type anyW = matrix(mlir::ShapedType::kDynamic, f32);
-    mlir::Type anyE = matrix(mlir::ShapedType::kDynamic, i32);
-    mlir::func::FuncOp f = begin("e" + number, "experts",
-                                 {{"x", rows},
-                                  {"y", rows},
-                                  {"weights", anyW},
-                                  {"experts", anyE},
-                                  {"accumulate", flag},
-                                  {"weight", types[1], 1},
-                                  {"weight", types[2], 2}},
-                                 {rows});
-    functions.experts = mlir::FlatSymbolRefAttr::get(f.getSymNameAttr());
-    auto a = f.getArguments();
-    mlir::Value slots = mlir::tensor::DimOp::create(b, a[3], 1);
-    mlir::Value z = expertSum(layer, a[0], a[1], a[2], a[3], a[4], a[5], a[6], slots);
-    end(z);
-  }
+  functions.forward = begin(
+      "f" + number, "forward", layer,
+      withExtras({{"x", rows}, {"y", rows}, {"weights", w}, {"experts", e}, {"accumulate", flag}},
+                 /*routes=*/true, /*sums=*/true),
+      [](llvm::StringRef) { return true; }, {rows, w, e});
+  mlir::Value slots = constant(layer.K);
+  auto router = route(layer, {values.lookup("weights"), values.lookup("experts")});
+  mlir::Value z = expertSum(layer, router->getResult(0), router->getResult(1), slots);
+  end({z, router->getResult(0), router->getResult(1)});
+
+  functions.route = begin("r" + number, "route", layer,
+                          withExtras({{"x", rows}, {"weights", w}, {"experts", e}, {"logits", l}},
+                                     /*routes=*/true, /*sums=*/false),
+                          isRouterRole, {w, e, l});
+  router =
+      route(layer, {values.lookup("weights"), values.lookup("experts"), values.lookup("logits")});
+  end(router->getResults());
+
+  mlir::Type anyW = matrix(mlir::ShapedType::kDynamic, f32);
+  mlir::Type anyE = matrix(mlir::ShapedType::kDynamic, i32);
+  functions.experts = begin(
+      "e" + number, "experts", layer,
+      withExtras(
+          {{"x", rows}, {"y", rows}, {"weights", anyW}, {"experts", anyE}, {"accumulate", flag}},
+          /*routes=*/false, /*sums=*/true),
+      [](llvm::StringRef role) { return !isRouterRole(role); }, {rows});
+  slots = mlir::tensor::DimOp::create(b, values.lookup("experts"), 1);
+  end(expertSum(layer, values.lookup("weights"), values.lookup("experts"), slots));
 }
 
 void Importer::buildDense(const LayerSpec &layer, Functions &functions, const std::string &number) {
   mlir::Type rows = matrix(layer.H, compute);
-  mlir::func::FuncOp f = begin("f" + number, "forward",
-                               {{"x", rows},
-                                {"y", rows},
-                                {"accumulate", b.getI1Type()},
-                                {"weight", weightType(context, layer.weights[0]), 0},
-                                {"weight", weightType(context, layer.weights[1]), 1}},
-                               {rows});
-  functions.forward = mlir::FlatSymbolRefAttr::get(f.getSymNameAttr());
-  auto a = f.getArguments();
-  auto ffn = ir::FfnOp::create(b, a[0], a[3], a[4], a[2], a[1], expertAttr(context, layer.expert));
+  functions.forward = begin("f" + number, "forward", layer,
+                            {{"x", rows}, {"y", rows}, {"accumulate", b.getI1Type()}},
+                            [](llvm::StringRef) { return true; }, {rows});
+  bool glu = layer.expert.form == Form::GLU;
+  auto ffn = ir::FfnOp::create(b, values.lookup("x"), values.lookup(glu ? "gate_up" : "up"),
+                               values.lookup("down"), values.lookup("y"),
+                               expertAttr(context, layer.expert));
+  ffn.getAccumulateMutable().assign(values.lookup("accumulate"));
+  if (layer.expert.bias) {
+    ffn.getUpBiasMutable().assign(values.lookup(glu ? "gate_up_bias" : "up_bias"));
+    ffn.getDownBiasMutable().assign(values.lookup("down_bias"));
+  }
   end(ffn->getResults());
 }
 
@@ -313,8 +394,8 @@ mlir::OwningOpRef<mlir::ModuleOp> Importer::run() {
         layer.kind == LayerKind::MoE ? ir::LayerKind::MoE : ir::LayerKind::Dense,
         uint64_t(layer.index), elementType(context, layer.compute),
         ir::DimsAttr::get(&context, layer.H, layer.F, layer.E, layer.K, layer.combine.sharedWidth),
-        functions.forward, functions.route, functions.experts, mlir::ArrayAttr(),
-        b.getArrayAttr(weights));
+        layer.kind == LayerKind::MoE && layer.router.routerX, functions.forward, functions.route,
+        functions.experts, mlir::ArrayAttr(), b.getArrayAttr(weights));
   }
   return owner;
 }
@@ -338,7 +419,7 @@ llvm::Expected<mlir::OwningOpRef<mlir::ModuleOp>> importModel(const ModelSpec &s
   if (llvm::Error error = checkModel(spec))
     return error;
   context.loadDialect<ir::MoEDialect, mlir::arith::ArithDialect, mlir::func::FuncDialect,
-                      mlir::tensor::TensorDialect>();
+                      mlir::math::MathDialect, mlir::tensor::TensorDialect>();
   mlir::OwningOpRef<mlir::ModuleOp> module = Importer(spec, context).run();
   if (llvm::Error error = verified(*module, spec.name, ErrorCode::INTERNAL))
     return error;
@@ -387,6 +468,15 @@ void readRouterAttr(ir::RouterAttr attr, RouterSpec &r) {
   r.extraRowCount = attr.getExtraRows();
   if (r.extraRowCount)
     r.extraRows = ExtraRows::Identity;
+  if (r.input == RouterInput::RMSNorm)
+    r.inputEpsilon = attr.getInputEpsilon();
+  r.sparsemixerJitter = attr.getJitter();
+}
+
+/// What the operands of a router say.
+void readRouterOperands(ir::RouterOp op, RouterSpec &r) {
+  r.logitBias = bool(op.getBias());
+  r.scale = op.getExpertScale() ? Scale::PerExpert : Scale::Constant;
 }
 
 void readExpertAttr(ir::ExpertAttr attr, ExpertSpec &e) {
@@ -395,24 +485,42 @@ void readExpertAttr(ir::ExpertAttr attr, ExpertSpec &e) {
   if (ir::ClampAttr clamp = attr.getClamp()) {
     e.clamp = sameBack(clamp.getKind(), ir::stringifyClampKind, Clamp::Tanh);
     e.clampLimit = clamp.getLimit();
-    e.clampAlpha = clamp.getAlpha();
+    if (e.clamp == Clamp::OAI)
+      e.clampAlpha = clamp.getAlpha();
+    if (e.clamp == Clamp::Tanh)
+      e.clampUpLimit = clamp.getUpLimit();
   }
   e.bias = attr.getBias();
   e.expertNorm = attr.getNorm();
   e.latent = attr.getLatent();
 }
 
-void readCombineAttr(ir::CombineAttr attr, CombineSpec &c) {
-  c.apply = sameBack(attr.getApply(), ir::stringifyCombineApply, Apply::Input);
-  c.sumScale = attr.getSumScale();
-  c.sharedWidth = attr.getSharedWidth();
-  if (c.sharedWidth) {
-    c.shared = Shared::MLP;
-    c.sharedCount = 1;
+/// The factor of a combine in calls of the whole layer: select %routed_only, 1, factor.
+double factorOf(mlir::Value scale) {
+  if (!scale)
+    return 1.0;
+  if (auto select = scale.getDefiningOp<mlir::arith::SelectOp>())
+    scale = select.getFalseValue();
+  llvm::APFloat value(1.0f);
+  if (mlir::matchPattern(scale, mlir::m_ConstantFloat(&value)))
+    return value.convertToFloat();
+  return 1.0;
+}
+
+/// A routed sum, and the shared expert that continues it, if there is one.
+void readCombine(ir::CombineOp combine, ir::FfnOp shared, CombineSpec &c) {
+  c.apply = combine.getUnweighted() ? Apply::Input : Apply::Output;
+  c.sumScale = factorOf(combine.getScale());
+  if (!shared)
+    return;
+  c.shared = Shared::MLP;
+  c.sharedCount = 1;
+  c.sharedWidth = mlir::cast<ir::WeightType>(shared.getUp().getType()).getRows();
+  c.sharedGate = shared.getGate() ? SharedGate::Sigmoid : SharedGate::None;
+  if (factorOf(shared.getScale()) == 0.5) {
+    c.join = Join::Average;
+    c.sumScale *= 2.0;
   }
-  c.sharedGate = sameBack(attr.getSharedGate(), ir::stringifySharedGate, SharedGate::Sigmoid);
-  c.join = sameBack(attr.getJoin(), ir::stringifyCombineJoin, Join::Average);
-  c.output = attr.getNorm() ? OutputOp::RMSNorm : attr.getBias() ? OutputOp::Bias : OutputOp::None;
 }
 
 Format formatOf(mlir::Type type) {
@@ -477,26 +585,36 @@ llvm::Expected<ModelSpec> readModel(mlir::ModuleOp module) {
     layer.E = dims.getE();
     layer.K = dims.getK();
     layer.compute = formatOf(op.getCompute());
+    layer.router.routerX = op.getRouterX();
     auto forward = op.getForward() ? symbols.lookup<mlir::func::FuncOp>(*op.getForward())
                                    : mlir::func::FuncOp();
     unsigned formulas = 0, routers = 0;
     int64_t chosen = layer.K;
+    ir::CombineOp routed;
+    ir::FfnOp shared;
     if (forward)
       forward.walk([&](mlir::Operation *inner) {
         if (auto router = mlir::dyn_cast<ir::RouterOp>(inner)) {
           readRouterAttr(router.getRouter(), layer.router);
+          readRouterOperands(router, layer.router);
           chosen = router.getRouter().getTopK();
           ++routers;
         } else if (auto experts = mlir::dyn_cast<ir::ExpertsOp>(inner)) {
           readExpertAttr(experts.getExpert(), layer.expert);
           ++formulas;
         } else if (auto ffn = mlir::dyn_cast<ir::FfnOp>(inner)) {
+          if (layer.kind == LayerKind::MoE) {
+            shared = ffn;
+            return;
+          }
           readExpertAttr(ffn.getExpert(), layer.expert);
           ++formulas;
         } else if (auto combine = mlir::dyn_cast<ir::CombineOp>(inner)) {
-          readCombineAttr(combine.getCombine(), layer.combine);
+          routed = combine;
         }
       });
+    if (routed)
+      readCombine(routed, shared, layer.combine);
     if (formulas != 1 || routers != (layer.kind == LayerKind::MoE ? 1u : 0u))
       return makeError(ErrorCode::CONFIG, layer.name,
                        layer.kind == LayerKind::MoE
@@ -516,7 +634,7 @@ llvm::Expected<ModelSpec> readModel(mlir::ModuleOp module) {
       llvm::Expected<WeightSpec> weight = readWeight(weightOp);
       if (!weight)
         return weight.takeError();
-      if (weight->role != "router")
+      if (weight->role == "down")
         layer.format = weight->format;
       layer.weights.push_back(std::move(*weight));
     }

@@ -280,7 +280,7 @@ static void run_entry(moec_context *c, const moec_entry *entry) {
 
 /* ---- the tensors of a call ---- */
 
-enum { F32 = 1, BF16 = 2, F16 = 4, I32 = 8, I64 = 16, MOST_TENSORS = 8 };
+enum { F32 = 1, BF16 = 2, F16 = 4, I32 = 8, I64 = 16, MOST_TENSORS = 9 };
 
 typedef struct {
   const char *name;
@@ -485,7 +485,7 @@ static void convert_weights(const moec_view *v, int64_t r0, int64_t rows, int64_
 /* ---- moec_run ---- */
 
 typedef struct {
-  moec_view x, experts, weights, y, experts_out, weights_out, logits_out, counts_out;
+  moec_view x, router_x, experts, weights, y, experts_out, weights_out, logits_out, counts_out;
   int64_t T, k;
 } tensors;
 
@@ -503,11 +503,18 @@ static int check_call(checking *k, const moec_layer_code *code, const moec_call 
   if (call->stream)
     return moec_fail(e, MOEC_E_ARGUMENT, "%s: %s: stream: expected NULL on the CPU, but got %p", w,
                      l, call->stream);
+  static const char given[] = "with experts given the router is skipped";
   if (!call->x)
     return moec_fail(e, MOEC_E_ARGUMENT, "%s: %s: x: expected a tensor, but got NULL", w, l);
-  static const char unneeded[] = "the layer needs x alone";
-  if (call->router_x)
-    return refuse(k, "router_x", unneeded);
+  static const char unneeded[] = "the layer does not need it";
+  const bool reads_router_x = (code->needs & MOEC_ROUTER_X) && !call->experts;
+  if (call->router_x && !reads_router_x)
+    return refuse(k, "router_x", call->experts ? given : unneeded);
+  if (!call->router_x && reads_router_x)
+    return moec_fail(e, MOEC_E_NEEDS,
+                     "%s: %s: router_x: expected a tensor, but got NULL: the router of this layer "
+                     "does not read x",
+                     w, l);
   if (call->token_ids)
     return refuse(k, "token_ids", unneeded);
   if (call->token_types)
@@ -523,7 +530,6 @@ static int check_call(checking *k, const moec_layer_code *code, const moec_call 
                      "%s: %s: expected experts and weights together, but got %s alone", w, l,
                      call->experts ? "experts" : "weights");
   static const char dense[] = "the layer is dense, it has no router";
-  static const char given[] = "with experts given the router is skipped";
   const char *no_router = code->kind ? dense : call->experts ? given : NULL;
   if (code->kind && call->experts)
     return refuse(k, "experts", dense);
@@ -547,6 +553,11 @@ static int check_call(checking *k, const moec_layer_code *code, const moec_call 
   if (r)
     return r;
   const int64_t T = t->T = call->x->shape[0];
+  /* Of x's type: there is one code for both. */
+  const uint32_t x_type = t->x.dtype == MOEC_DT_F32 ? F32 : BF16;
+  if (call->router_x &&
+      (r = check(k, call->router_x, "router_x", 2, T, code->H, x_type, false, &t->router_x)))
+    return r;
   t->k = slots_of(code);
   if (call->experts) {
     if ((r = check(k, call->experts, "experts", 2, T, -1, I32 | I64, false, &t->experts)))
@@ -672,11 +683,16 @@ static int run_chunks(moec_context *c, const moec_layer_state *s, const moec_cal
   f->logits_stride = call->logits_out ? t->logits_out.stride : code->E;
   f->offsets = c->offsets;
   f->accumulate = (call->flags & MOEC_ACCUMULATE) != 0;
+  f->routed_only = (call->flags & MOEC_ROUTED_ONLY) != 0;
+  f->router_x_stride = t->router_x.stride;
   f->lanes = c->lanes;
   for (int64_t first = 0; first < t->T; first += chunk) {
     const int64_t n = t->T - first < chunk ? t->T - first : chunk;
     f->tokens = n;
     f->x = t->x.data + first * t->x.stride * moec_dtype_bytes(t->x.dtype);
+    if (call->router_x)
+      f->router_x =
+          t->router_x.data + first * t->router_x.stride * moec_dtype_bytes(t->router_x.dtype);
     f->y = call->y ? t->y.data + first * t->y.stride * moec_dtype_bytes(t->y.dtype) : NULL;
     f->logits = NULL;
     if (call->logits_out)

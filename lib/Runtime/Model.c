@@ -341,10 +341,10 @@ static int check_module(const opening *o, const moec_module *m) {
                        "%s: layer %d: expected a well-formed table, but got sizes "
                        "that no layer has",
                        w, i);
-    if (c->needs)
+    if (c->needs & ~(uint32_t)MOEC_ROUTER_X)
       return moec_fail(e, MOEC_E_UNSUPPORTED,
-                       "%s: %s: expected a layer that needs x alone, but got one that needs inputs "
-                       "0x%x; this version of the runtime does not hand them on",
+                       "%s: %s: expected a layer that needs at most x and router_x, but got one "
+                       "that needs inputs 0x%x; this version of the runtime does not hand them on",
                        w, d->name, c->needs);
     for (int32_t j = 0; j < c->weight_count; ++j) {
       const moec_weight_desc *t = &c->weights[j];

@@ -215,6 +215,13 @@ llvm::Error checkConsistent(const LayerSpec &layer) {
   check.size("F", layer.F, Limits::width);
   check.size("E", layer.E, Limits::experts);
   check.size("K", layer.K, Limits::chosen);
+  const ExpertSpec &e = layer.expert;
+  check.require(e.clamp == Clamp::None || (std::isfinite(e.clampLimit) && e.clampLimit > 0),
+                "expert.clamp_limit", "a positive number", number(e.clampLimit));
+  check.require(e.clamp != Clamp::Tanh || (std::isfinite(e.clampUpLimit) && e.clampUpLimit > 0),
+                "expert.clamp_up_limit", "a positive number", number(e.clampUpLimit));
+  check.require(std::isfinite(e.clampAlpha), "expert.clamp_alpha", "a finite number",
+                number(e.clampAlpha));
   check.require(layer.K <= layer.E, "K", llvm::formatv("at most E = {0}", layer.E).str(),
                 std::to_string(layer.K));
   if (layer.kind == LayerKind::Dense) {
@@ -225,6 +232,18 @@ llvm::Error checkConsistent(const LayerSpec &layer) {
                   "a number that is not negative", number(r.epsilon));
     check.require(std::isfinite(r.scaleValue), "router.scale_value", "a finite number",
                   number(r.scaleValue));
+    check.require(std::isfinite(r.inputEpsilon) && r.inputEpsilon >= 0, "router.input_epsilon",
+                  "a number that is not negative", number(r.inputEpsilon));
+    check.require(std::isfinite(r.sparsemixerJitter) && r.sparsemixerJitter >= 0,
+                  "router.sparse_mixer_jitter", "a number that is not negative",
+                  number(r.sparsemixerJitter));
+    check.require(std::isfinite(r.logitConstant) &&
+                      (r.logitConstant != 0 || r.logitTransform != LogitTransform::Softcap),
+                  "router.logit_constant", "a finite number, for softcap not 0",
+                  number(r.logitConstant));
+    check.require(r.renormalize != Renormalize::LpNorm ||
+                      (std::isfinite(r.normPower) && r.normPower > 0),
+                  "router.norm_power", "a positive number", number(r.normPower));
     check.size("router.groups", r.groups, layer.E);
     check.size("router.groups_kept", r.groupsKept, r.groups);
     check.require(r.groups < 1 || layer.E % r.groups == 0, "router.groups",
@@ -237,6 +256,8 @@ llvm::Error checkConsistent(const LayerSpec &layer) {
     check.require(r.groups <= 1 || r.groupReduce == GroupReduce::Max || layer.E / r.groups >= 2,
                   "router.groups", "groups of at least 2 experts", std::to_string(r.groups));
     const CombineSpec &c = layer.combine;
+    check.require(std::isfinite(c.sumScale), "combine.sum_scale", "a finite number",
+                  number(c.sumScale));
     if (c.shared == Shared::MLP)
       check.size("combine.shared_width", c.sharedWidth, Limits::width);
     else
@@ -263,11 +284,8 @@ llvm::Error checkConsistent(const LayerSpec &layer) {
 llvm::Error checkImplemented(const LayerSpec &layer) {
   LayerCheck check(layer);
   const ExpertSpec &e = layer.expert;
-  check.implemented("expert.form", e.form, {Form::GLU});
-  check.implemented("expert.activation", e.activation,
-                    {Activation::SiLU, Activation::GELU, Activation::GELUTanh, Activation::ReLU});
-  check.implemented("expert.clamp", e.clamp, {Clamp::None});
-  check.implemented("expert.bias", !e.bias, "`false`", "`true`");
+  check.implemented("expert.form", e.form == Form::GLU || e.clamp == Clamp::None,
+                    "`glu` with a clamp", "`" + name(e.form) + "`");
   check.implemented("expert.act_dtype", e.actDtype, {ActDtype::Model});
   check.implemented("expert.latent", e.latent == 0, "0", llvm::Twine(e.latent));
   check.implemented("expert.latent_norm", !e.latentNorm, "`false`", "`true`");
@@ -276,28 +294,40 @@ llvm::Error checkImplemented(const LayerSpec &layer) {
     return check.take();
 
   const RouterSpec &r = layer.router;
-  check.implemented("router.input", r.input, {RouterInput::Plain});
-  check.implemented("router.router_x", !r.routerX, "`false`", "`true`");
-  check.implemented("router.logit_bias", !r.logitBias, "`false`", "`true`");
+  check.implemented("router.input", r.input, {RouterInput::Plain, RouterInput::RMSNorm});
   check.implemented("router.precision", r.precision, {Precision::F32});
-  check.implemented("router.logit_transform", r.logitTransform, {LogitTransform::None});
-  check.implemented("router.score", r.score, {Score::Softmax});
-  check.implemented("router.order", r.order, {Order::ScoreThenSelect, Order::SelectThenScore});
-  check.implemented("router.selection_bias", r.selectionBias, {SelectionBias::None});
-  check.implemented("router.groups", r.groups == 1, "1", llvm::Twine(r.groups));
-  check.implemented("router.select", r.select, {Select::TopK});
-  check.implemented("router.renormalize", r.renormalize, {Renormalize::None, Renormalize::Sum});
-  check.implemented("router.scale", r.scale, {Scale::Constant});
+  check.implemented("router.score", r.score, {Score::Softmax, Score::Sigmoid});
+  check.implemented("router.order",
+                    r.order == Order::ScoreThenSelect || r.selectionBias != SelectionBias::Score,
+                    "`score_then_select` with selection_bias = score", "`" + name(r.order) + "`");
+  check.implemented("router.select", r.select, {Select::TopK, Select::Sparsemixer});
+  if (r.select == Select::Sparsemixer) {
+    check.implemented("K", layer.K == 2, "2 with select = sparse_mixer", llvm::Twine(layer.K));
+    check.implemented("router.score", r.score, {Score::Softmax});
+    check.implemented("router.selection_bias", r.selectionBias, {SelectionBias::None});
+    check.implemented("router.groups", r.groups == 1, "1", llvm::Twine(r.groups));
+    check.implemented("router.renormalize", r.renormalize, {Renormalize::None});
+  }
+  check.implemented(
+      "router.renormalize", r.renormalize,
+      {Renormalize::None, Renormalize::Sum, Renormalize::ClampSum, Renormalize::LpNorm});
+  if (r.renormalize == Renormalize::LpNorm)
+    check.implemented("router.norm_power", r.normPower == 1.0 || r.normPower == 2.0, "1 or 2",
+                      number(r.normPower));
+  check.implemented("router.scale", r.scale, {Scale::Constant, Scale::PerExpert});
   check.implemented("router.extra_rows", r.extraRows, {ExtraRows::None});
   check.implemented("router.capacity", r.capacity, {Capacity::None});
 
   const CombineSpec &c = layer.combine;
-  check.implemented("combine.apply", c.apply, {Apply::Output});
   check.implemented("combine.accumulate", c.accumulate, {Accumulate::Hidden});
-  check.implemented("combine.sum_scale", c.sumScale == 1.0, "1", number(c.sumScale));
-  check.implemented("combine.shared", c.shared, {Shared::None});
-  check.implemented("combine.shared_gate", c.sharedGate, {SharedGate::None});
-  check.implemented("combine.join", c.join, {Join::Add});
+  check.implemented("combine.shared", c.shared, {Shared::None, Shared::MLP});
+  if (c.shared == Shared::MLP) {
+    check.implemented("expert.clamp", e.clamp == Clamp::None, "`none` beside a shared expert",
+                      "`" + name(e.clamp) + "`");
+    check.implemented("expert.bias", !e.bias, "`false` beside a shared expert", "`true`");
+  }
+  check.implemented("combine.join", c.join == Join::Add || c.shared == Shared::MLP,
+                    "`add` without a shared expert", "`" + name(c.join) + "`");
   check.implemented("combine.output", c.output, {OutputOp::None});
   check.implemented("combine.pools", c.pools == 1, "1", llvm::Twine(c.pools));
   return check.take();

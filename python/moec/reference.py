@@ -16,11 +16,14 @@ they are widened to float64 exactly.
 
     role          shape                    meaning
     router        [E,H]                    logits = x @ router.T
-    gate_up       [E,2F,H] or [E,2,F,H]    rows of gate, then rows of up ("mlp": up alone, [E,F,H])
+    gate_up       [E,2F,H] or [E,2,F,H]    rows of gate, then rows of up ("mlp": "up", [E,F,H])
     down          [E,H,F]
     router_bias   [E]                      added to the logits
+    router_scale  [H]                      factor of a normalised x
     selection_bias [E]                     added for the choice only
-    gate_up_bias  [E,2F]                   biases of the experts, as down_bias [E,H]
+    per_expert_scale [E]                   factor of each expert's weight
+    gate_up_bias  [E,2F]                   biases of the experts ("mlp": "up_bias"),
+    down_bias     [E,H]                    the same of down
     shared_gate_up [2S,H], shared_down [H,S], shared_gate [1,H]: the shared expert, its scalar gate
 A dense layer has gate_up [2F,H] and down [H,F] (a leading 1 is accepted).
 """
@@ -114,7 +117,9 @@ SCORES = {
 # formula below has. An attribute without a list of values is a number or a flag.
 _ATTRIBUTES: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "router": {
-        "input": ("plain", ("plain",)),
+        "input": ("plain", ("plain", "rms_norm")),  # x | x / rms(x) * router_scale * H^-1/2
+        "router_x": (False, ()),  # the router reads another tensor than the experts
+        "input_epsilon": (1e-6, ()),
         "logit_bias": (False, ()),
         "logit_transform": ("none", ("none", "scale", "softcap")),  # c * z | c * tanh(z / c)
         "logit_constant": (1.0, ()),  # c
@@ -126,12 +131,13 @@ _ATTRIBUTES: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
         "groups_kept": (1, ()),
         "group_reduce": ("max", ("max", "sum_top2")),
         "group_fill": ("neg_inf", ("zero", "neg_inf")),
-        "select": ("top_k", ("top_k",)),
+        "select": ("top_k", ("top_k", "sparse_mixer")),
+        "sparse_mixer_jitter": (0.0, ()),
         # w / (sum + epsilon) | w / max(sum, epsilon) | w / (sum of |w|^p)^(1/p)
         "renormalize": ("none", ("none", "sum", "clamp_sum", "lp_norm")),
         "epsilon": (0.0, ()),
         "norm_power": (1.0, ()),  # p
-        "scale": ("constant", ("constant",)),
+        "scale": ("constant", ("constant", "per_expert")),
         "scale_value": (1.0, ()),
         "extra_rows": ("none", ("none",)),
         "capacity": ("none", ("none",)),
@@ -139,8 +145,9 @@ _ATTRIBUTES: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "expert": {
         "form": ("glu", ("glu", "mlp")),  # down(act(gate) * up) | down(act(up))
         "activation": ("silu", tuple(ACTIVATIONS)),
-        "clamp": ("none", ("none", "pre", "post", "oai")),
+        "clamp": ("none", ("none", "pre", "post", "oai", "tanh")),
         "clamp_limit": (math.inf, ()),
+        "clamp_up_limit": (math.inf, ()),
         "clamp_alpha": (1.702, ()),
         "bias": (False, ()),
         "latent": (0, (0,)),
@@ -164,11 +171,10 @@ _IGNORED = {
         "precision",
         "model_arithmetic",
         "weight_dtype",
-        "sparsemixer_jitter",
         "extra_row_count",
         "capacity_tokens",
     },
-    "expert": {"act_dtype", "clamp_up_limit"},
+    "expert": {"act_dtype"},
     "combine": {"accumulate", "shared_count", "shared_width"},
 }
 
@@ -217,12 +223,16 @@ class Reference:
             weights
         )  # kept as given and widened per use: all of a large layer in float64 may not fit
         s = self.spec
-        rows = (2 if s["expert"]["form"] == "glu" else 1) * s["F"]
+        glu = s["expert"]["form"] == "glu"
+        self._up = "gate_up" if glu else "up"
+        if not glu:  # both names were ever used
+            self.weights = {k.replace("gate_up", "up"): v for k, v in self.weights.items()}
+        rows = (2 if glu else 1) * s["F"]
         experts = s["E"] if s["kind"] == "moe" else 1
         self._shapes = {
-            "gate_up": (experts, rows, s["H"]),
+            self._up: (experts, rows, s["H"]),
             "down": (experts, s["H"], s["F"]),
-            "gate_up_bias": (experts, rows),
+            self._up + "_bias": (experts, rows),
             "down_bias": (experts, s["H"]),
         }
         if s["kind"] == "moe":
@@ -230,8 +240,26 @@ class Reference:
                 "router": (s["E"], s["H"]),
                 "router_bias": (s["E"],),
                 "selection_bias": (s["E"],),
+                "per_expert_scale": (s["E"],),
+                "router_scale": (s["H"],),
             }
-        needed = ["gate_up", "down"] + (["router"] if s["kind"] == "moe" else [])
+        needed = [self._up, "down"] + (["router"] if s["kind"] == "moe" else [])
+        r = s["router"]
+        needed += [
+            role
+            for role, wanted in {
+                "router_bias": r["logit_bias"],
+                "selection_bias": r["selection_bias"] != "none",
+                "router_scale": r["input"] == "rms_norm",
+                "per_expert_scale": r["scale"] == "per_expert",
+                self._up + "_bias": s["expert"]["bias"],
+                "down_bias": s["expert"]["bias"],
+                "shared_" + self._up: s["combine"]["shared"] == "mlp",
+                "shared_down": s["combine"]["shared"] == "mlp",
+                "shared_gate": s["combine"]["shared_gate"] != "none",
+            }.items()
+            if wanted
+        ]
         for role in needed:
             if role not in self.weights:
                 got = ", ".join(self.weights) or "none"
@@ -266,15 +294,20 @@ class Reference:
     # --- router -----------------------------------------------------------------------------------
 
     def routing(self, x: Any) -> Routing:
-        """Which experts serve each token, with what weight, and how close the choice was."""
+        """Which experts serve each token, with what weight, and how close the choice was. x is what
+        the router reads: router_x in a layer that has it."""
         if self.spec["kind"] != "moe":
             raise ValueError("routing: expected a MoE layer, but got a dense one")
         x, _ = self._tokens(x)
         r, k = self.spec["router"], self.spec["K"]
         with np.errstate(all="ignore"):  # NaN and infinity are data here
+            if r["input"] == "rms_norm":
+                rms = np.sqrt((x**2).mean(-1, keepdims=True) + r["input_epsilon"])
+                x = x / rms * self._weight("router_scale") * self.spec["H"] ** -0.5
             z = x @ self._weight("router").T
             if r["logit_bias"]:
                 z = z + self._weight("router_bias")
+            logits = z
             if r["logit_transform"] == "scale":
                 z = r["logit_constant"] * z
             elif r["logit_transform"] == "softcap":
@@ -293,8 +326,10 @@ class Reference:
             order = np.argsort(-choice, axis=-1, kind="stable")
             idx = order[:, :k]
             w = np.take_along_axis(scores, idx, -1)
-            if r["order"] == "select_then_score":
-                w = SCORES[r["score"]](w)
+            if r["select"] == "sparse_mixer":
+                w = self._sparse_mixer(z, idx)
+            elif r["order"] == "select_then_score":
+                w = SCORES[r["score"]](np.take_along_axis(z, idx, -1))
             if r["renormalize"] == "sum":
                 w = w / (w.sum(-1, keepdims=True) + r["epsilon"])
             elif r["renormalize"] == "clamp_sum":
@@ -303,6 +338,8 @@ class Reference:
                 p = r["norm_power"]
                 w = w / (np.abs(w) ** p).sum(-1, keepdims=True) ** (1.0 / p)
             w = w * r["scale_value"]
+            if r["scale"] == "per_expert":
+                w = w * self._weight("per_expert_scale")[idx]
 
             gap = np.full(len(x), np.inf)
             logit_gap = gap.copy()
@@ -312,7 +349,22 @@ class Reference:
                 logit_gap = -np.diff(np.take_along_axis(z, pair, -1), axis=-1)[:, 0]
                 if r["selection_bias"] != "none" or r["groups"] > 1:
                     logit_gap = np.full(len(x), np.nan)
-        return Routing(idx.astype(np.int32), w, z, choice, gap, logit_gap)
+        return Routing(idx.astype(np.int32), w, logits, choice, gap, logit_gap)
+
+    def _sparse_mixer(self, z: np.ndarray, idx: np.ndarray) -> np.ndarray:
+        """For each of the two chosen: its softmax over the logits that are close to it, without
+        those chosen before it."""
+        weights = np.empty(idx.shape)
+        left = z.copy()
+        for j in range(idx.shape[1]):
+            top = np.take_along_axis(z, idx[:, j : j + 1], -1)
+            far = (top - z) / np.maximum(np.abs(z), top) > 2 * self.spec["router"][
+                "sparse_mixer_jitter"
+            ]
+            close = np.where(far, -math.inf, left)
+            weights[:, j] = np.take_along_axis(_softmax(close), idx[:, j : j + 1], -1)[:, 0]
+            np.put_along_axis(left, idx[:, j : j + 1], -math.inf, -1)
+        return weights
 
     def _keep_groups(self, choice: np.ndarray) -> np.ndarray:
         """Experts outside the best groups get the fill score."""
@@ -339,10 +391,10 @@ class Reference:
         """What expert e makes of its rows [n,H]."""
         return self._mlp(
             rows,
-            self._weight("gate_up", e),
+            self._weight(self._up, e),
             self._weight("down", e),
-            self._weight("gate_up_bias", e),
-            self._weight("down_bias", e),
+            self._weight(self._up + "_bias", e) if self.spec["expert"]["bias"] else None,
+            self._weight("down_bias", e) if self.spec["expert"]["bias"] else None,
             self.spec["expert"]["activation"],
         )
 
@@ -362,6 +414,9 @@ class Reference:
                 )
             if s["clamp"] == "oai":
                 h = (up + 1.0) * gate * _sigmoid(s["clamp_alpha"] * gate)
+            elif s["clamp"] == "tanh":
+                g, u = s["clamp_limit"], s["clamp_up_limit"]
+                h = g * np.tanh(gate / g) * _sigmoid(gate) * u * np.tanh(up / u)
             else:
                 gate = act(gate)
                 if s["clamp"] == "post":
@@ -398,23 +453,39 @@ class Reference:
                 np.add.at(y, token, rows)  # a token may name one expert twice
         return y
 
-    def __call__(self, x: Any) -> np.ndarray:
-        """The whole layer: float64, the shape of x."""
+    def given(self, x: Any, idx: Any, w: Any) -> np.ndarray:
+        """The whole layer with its routing given: float64, the shape of x."""
+        x, lead = self._tokens(x)
+        idx = np.asarray(idx).reshape(len(x), -1).astype(np.int64)
+        with np.errstate(all="ignore"):
+            y = self._joined(x, self._routed(x, idx, _wide(w).reshape(idx.shape)))
+        return y.reshape(*lead, self.spec["H"])
+
+    def _joined(self, x: np.ndarray, routed: np.ndarray) -> np.ndarray:
+        """The routed sum with its factor and the shared expert."""
+        c = self.spec["combine"]
+        y = routed * c["sum_scale"]
+        if c["shared"] != "mlp":
+            return y
+        act = self.spec["expert"]["activation"]
+        gate_up, down = self._weight("shared_" + self._up), self._weight("shared_down")
+        shared = self._mlp(x, gate_up, down, None, None, act)
+        if c["shared_gate"] == "sigmoid":
+            shared = shared * _sigmoid(x @ self._weight("shared_gate").reshape(1, -1).T)
+        return (y + shared) * (0.5 if c["join"] == "average" else 1.0)
+
+    def __call__(self, x: Any, router_x: Any = None) -> np.ndarray:
+        """The whole layer: float64, the shape of x. router_x: what the router of such a layer reads
+        instead of x."""
+        if (router_x is not None) != self.spec["router"]["router_x"]:
+            wanted = "an array" if self.spec["router"]["router_x"] else "None"
+            raise ValueError(f"router_x: expected {wanted}, but got another value")
         x, lead = self._tokens(x)
         with np.errstate(all="ignore"):
             if self.spec["kind"] == "dense":
                 return self._expert(0, x).reshape(*lead, self.spec["H"])
-            r = self.routing(x)
-            y = self._routed(x, r.experts.astype(np.int64), r.weights)
-            c = self.spec["combine"]
-            y = y * c["sum_scale"]
-            if c["shared"] == "mlp":
-                act = self.spec["expert"]["activation"]
-                gate_up, down = self._weight("shared_gate_up"), self._weight("shared_down")
-                shared = self._mlp(x, gate_up, down, None, None, act)
-                if c["shared_gate"] == "sigmoid":
-                    shared = shared * _sigmoid(x @ self._weight("shared_gate").reshape(1, -1).T)
-                y = (y + shared) * (0.5 if c["join"] == "average" else 1.0)
+            r = self.routing(x if router_x is None else router_x)
+            y = self._joined(x, self._routed(x, r.experts.astype(np.int64), r.weights))
         return y.reshape(*lead, self.spec["H"])
 
 

@@ -71,7 +71,7 @@ func.func @f0(%x: tensor<?x{H}x{X}> {moe.arg = "x"}, %y: tensor<?x{H}x{Y}> {moe.
       {expert} -> tensor<?x{H}xbf16>
   %z = moe.combine ins(%r, %off : tensor<?x{H}xbf16>, tensor<{E1}xi32>)
       via(%pair, %w slots %k : tensor<?xi32>, tensor<?x{K}xf32>) accumulate %acc
-      outs(%y : tensor<?x{H}x{Y}>) #moe.combine -> tensor<?x{H}x{Y}>
+      outs(%y : tensor<?x{H}x{Y}>) -> tensor<?x{H}x{Y}>
   return %z, %w, %e : tensor<?x{H}x{Y}>, tensor<?x{K}xf32>, tensor<?x{K}xi32>
 }
 func.func @r0(%x: tensor<?x{H}x{X}> {moe.arg = "x"}, %w0: tensor<?x{K}xf32> {moe.arg = "weights"},
@@ -106,7 +106,7 @@ func.func @e0(%x: tensor<?x{H}x{X}> {moe.arg = "x"}, %y: tensor<?x{H}x{Y}> {moe.
       {expert} -> tensor<?x{H}xbf16>
   %z = moe.combine ins(%r, %off : tensor<?x{H}xbf16>, tensor<{E1}xi32>)
       via(%pair, %w slots %k : tensor<?xi32>, tensor<?x?xf32>) accumulate %acc
-      outs(%y : tensor<?x{H}x{Y}>) #moe.combine -> tensor<?x{H}x{Y}>
+      outs(%y : tensor<?x{H}x{Y}>) -> tensor<?x{H}x{Y}>
   return %z : tensor<?x{H}x{Y}>
 }
 """

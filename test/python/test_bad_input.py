@@ -162,7 +162,11 @@ def test_quantized_checkpoint(checkpoint):
         (lambda s: s["layers"][0].update(K=9), "E-CONFIG", "model"),
         (lambda s: s["layers"][0].update(H=0), "E-CONFIG", "model"),
         (lambda s: s["layers"][0].pop("router"), "E-CONFIG", "model"),
-        (lambda s: s["layers"][0]["router"].update(score="sigmoid"), "E-UNSUPPORTED", "model"),
+        (
+            lambda s: s["layers"][0]["router"].update(score="sqrt_softplus"),
+            "E-UNSUPPORTED",
+            "model",
+        ),
         (lambda s: s["layers"][0]["router"].update(score="hardmax"), "E-CONFIG", "model"),
         (lambda s: s["layers"][0]["expert"].update(clamp="oai"), "E-UNSUPPORTED|E-CONFIG", "model"),
         (lambda s: s["layers"][0].update(index="3-1"), "E-CONFIG", "model"),

@@ -86,7 +86,7 @@ FAULTS = [
         "f32",
         "kernels",
         r"moe_gemm_.*_combine1",
-        r"(getelementptr %arg6\[)(%\d+)(\](?:.*\n){1,6}?.*getelementptr %arg7\[)%\d+",
+        r"(getelementptr %arg6\[)(%\d+)(\](?:.*\n){1,12}?.*getelementptr %arg7\[)%\d+",
         r"\1\2\3\2",
     ),
     (

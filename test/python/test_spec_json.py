@@ -65,6 +65,8 @@ NEEDS = {
     ("shared", "mlp"): {"shared_width": 8},
     ("shared_gate", "sigmoid"): {"shared": "mlp", "shared_width": 8},
     ("extra_rows", "identity"): {"extra_row_count": 3},
+    **{("clamp", kind): {"clamp_limit": 7.0} for kind in ("pre", "oai", "post")},
+    ("clamp", "tanh"): {"clamp_limit": 7.0, "clamp_up_limit": 7.0},
 }
 
 
@@ -435,6 +437,7 @@ def test_bad_specs_are_refused_by_reader_and_schema(number, tmp_path):
         ({"weights": {"gate_up": {"from": [{"tensor": "a{e}"}]}}}, "part 1 from 0"),
         ({"weights": {"gate_up": {"from": [{"tensor": "a{e}", "part_count": 2}] * 2}}}, "part 0"),
         ({"router": spec()["layers"][0]["router"] | {"groups": 3}}, "divisor of E"),
+        ({"expert": spec()["layers"][0]["expert"] | {"clamp": "oai"}}, "clamp_limit"),
     ],
 )
 def test_what_a_schema_cannot_say(changes, says, tmp_path):
@@ -459,33 +462,29 @@ def test_layers_are_sorted_and_unique(tmp_path):
 
 
 NOT_IMPLEMENTED = [
-    ("router", "input", "rms_norm"),
-    ("router", "logit_bias", True),
+    ("router", "input", "mlp"),
     ("router", "precision", "model"),
-    ("router", "logit_transform", "softcap"),
-    ("router", "score", "sigmoid"),
-    ("router", "selection_bias", "score"),
-    ("router", "groups", 2),
-    ("router", "select", "sparse_mixer"),
-    ("router", "renormalize", "clamp_sum"),
-    ("router", "scale", "per_expert"),
+    ("router", "score", "sqrt_softplus"),
+    ("router", "select", "table"),
+    ("router", "scale", "learned"),
+    ("router", "renormalize", "joint_shared"),
     ("router", "extra_rows", "identity"),
     ("router", "capacity", "per_sequence"),
-    ("expert", "form", "mlp"),
-    ("expert", "activation", "relu2"),
-    ("expert", "clamp", "oai"),
-    ("expert", "bias", True),
     ("expert", "act_dtype", "f32"),
     ("expert", "latent", 3),
     ("expert", "latent_norm", True),
     ("expert", "expert_norm", True),
-    ("combine", "apply", "input"),
     ("combine", "accumulate", "f32"),
-    ("combine", "sum_scale", 2.5),
-    ("combine", "shared", "mlp"),
+    ("combine", "shared", "separate"),
     ("combine", "join", "average"),
     ("combine", "output", "bias"),
     ("combine", "pools", 2),
+]
+# Each of these works alone, but not with what stands beside it.
+NOT_TOGETHER = [
+    ("expert", "clamp", "oai", {"clamp_limit": 7.0}, {"shared": "mlp", "shared_width": 4}),
+    ("expert", "bias", True, {}, {"shared": "mlp", "shared_width": 4}),
+    ("expert", "form", "mlp", {"clamp": "pre", "clamp_limit": 7.0}, {}),
 ]
 
 
@@ -497,6 +496,15 @@ def test_attributes_that_are_not_implemented_are_refused_by_name(tmp_path):
         load(path)
         text = json.dumps(choice).strip('"')
         refused("E-UNSUPPORTED", path, "--check", says=(f"{group}.{key}", text, "m.moe.json"))
+
+
+@pytest.mark.parametrize(("group", "key", "choice", "more", "combine"), NOT_TOGETHER)
+def test_combinations_that_are_not_implemented(tmp_path, group, key, choice, more, combine):
+    value = spec(combine=combine)
+    layer = value["layers"][0]
+    layer[group].update(more, **{key: choice})
+    text = json.dumps(choice).strip('"')
+    refused("E-UNSUPPORTED", write(tmp_path, value), "--check", says=(f"{group}.{key}", text))
 
 
 def test_attributes_that_are_implemented(tmp_path):

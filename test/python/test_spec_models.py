@@ -658,13 +658,10 @@ def test_unread_keys_are_said(tmp_path):
     assert not any("router_jitter_noise" in note for note in notes)
 
 
-def test_attributes_that_are_not_implemented(tmp_path):
-    path = config_file(tmp_path, model_type="llama", mlp_bias=True)
-    load(path)  # inspecting it is fine
-    error = refused("E-UNSUPPORTED", path, "--check", says=("expert.bias", "mlp_bias"))
-    assert error.exit == 3
-    path = config_file(tmp_path, model_type="llama", hidden_act="relu2")
-    refused("E-UNSUPPORTED", path, "--check", says=("expert.activation", "relu2", "hidden_act"))
+def test_biases_and_activations_of_a_dense_model(tmp_path):
+    path = config_file(tmp_path, model_type="llama", mlp_bias=True, hidden_act="relu2")
+    expert = load(path, "--check")["layers"][0]["semantics"]["expert"]
+    assert expert == {"form": "glu", "activation": "relu2", "bias": True}
 
 
 def test_compare_names_the_attribute(tmp_path):

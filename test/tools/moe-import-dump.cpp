@@ -17,6 +17,7 @@
 
 #include "mlir/Dialect/Arith/IR/Arith.h"
 #include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "mlir/Dialect/Math/IR/Math.h"
 #include "mlir/Dialect/Tensor/IR/Tensor.h"
 #include "mlir/Parser/Parser.h"
 #include "llvm/Support/CommandLine.h"
@@ -41,7 +42,7 @@ static llvm::Error run(const char *argv0) {
   mlir::MLIRContext context;
   if (llvm::StringRef(input).ends_with(".mlir")) {
     context.loadDialect<mlir::moe::MoEDialect, mlir::arith::ArithDialect, mlir::func::FuncDialect,
-                        mlir::tensor::TensorDialect>();
+                        mlir::math::MathDialect, mlir::tensor::TensorDialect>();
     auto module = mlir::parseSourceFile<mlir::ModuleOp>(input, &context);
     if (!module)
       return makeError(ErrorCode::CONFIG, input, "moe IR", "text that does not parse");

@@ -55,6 +55,8 @@ struct LoopBuilder {
   Value cmp(arith::CmpIPredicate predicate, Value a, Value c) {
     return arith::CmpIOp::create(b, loc, predicate, a, c);
   }
+  Value subi(Value a, Value c) { return arith::SubIOp::create(b, loc, a, c); }
+  Value noti(Value a) { return arith::XOrIOp::create(b, loc, a, boolean(true)); }
   Value andi(Value a, Value c) { return arith::AndIOp::create(b, loc, a, c); }
   Value ori(Value a, Value c) { return arith::OrIOp::create(b, loc, a, c); }
   Value select(Value condition, Value a, Value c) {

@@ -79,29 +79,41 @@ Value inlineEpilogue(LoopBuilder &l, Region &region, ValueRange parts) {
 }
 
 /// y in f32 while rows are added to it, in ascending order of sorted row; rounded once at the end.
+/// For moe.combine and the combine clause of moe.grouped_matmul.
 struct TokenSums {
   LoopBuilder &l;
-  Value y, sums, pair, weights, slots;
+  Value y, sums, pair, weights, slots, gate, scale;
 
-  TokenSums(LoopBuilder &l, Value y, Value pair, Value weights, Value slots, Value accumulate)
-      : l(l), y(y), pair(pair), weights(weights), slots(slots) {
+  template <typename OpTy>
+  TokenSums(LoopBuilder &l, OpTy op, Value pair, Value weights, Value slots)
+      : l(l), y(op.getOut()), pair(pair), weights(op.getUnweighted() ? Value() : weights),
+        slots(slots), gate(op.getGate()), scale(op.getScale()) {
     int64_t width = cast<MemRefType>(y.getType()).getDimSize(1);
     OpFoldResult cols = ShapedType::isDynamic(width) ? OpFoldResult(l.dim(y, 1))
                                                      : OpFoldResult(l.b.getIndexAttr(width));
     sums = l.alloc({OpFoldResult(l.dim(y, 0)), cols}, l.b.getF32Type());
+    Value accumulate = op.getAccumulate(), start = op.getStart() ? op.getStart() : y;
     forEach([&](Value t, Value j) {
       Value zero = l.real(0.0);
-      l.store(accumulate ? l.select(accumulate, l.loadF32(y, {t, j}), zero) : zero, sums, {t, j});
+      l.store(accumulate ? l.select(accumulate, l.loadF32(start, {t, j}), zero) : zero, sums,
+              {t, j});
     });
   }
 
   /// Token and weight of sorted row n.
   std::pair<Value, Value> find(Value n) {
-    if (!pair)
-      return {n, l.real(1.0)};
-    Value p = l.loadIndex(pair, n);
-    Value token = l.divi(p, slots);
-    return {token, l.load(weights, {token, l.remi(p, slots)})};
+    Value token = n, weight;
+    if (pair) {
+      Value p = l.loadIndex(pair, n);
+      token = l.divi(p, slots);
+      if (weights)
+        weight = l.load(weights, {token, l.remi(p, slots)});
+    } else if (gate) {
+      weight = l.load(gate, {n, l.index(0)});
+    }
+    if (!weight)
+      weight = l.real(1.0);
+    return {token, scale ? l.mul(weight, scale) : weight};
   }
 
   void add(Value token, Value j, Value weight, Value product) {
@@ -118,6 +130,16 @@ private:
     l.loop(l.dim(y, 0), [&](Value t) { l.loop(l.dim(y, 1), [&](Value j) { body(t, j); }); });
   }
 };
+
+/// Element (source, j) of rows, rounded to `type`; multiplied with the weight of pair p and rounded
+/// again where there are weights.
+Value loadRow(LoopBuilder &l, Value rows, Value source, Value j, Type type, Value rowWeights,
+              Value p, Value slots) {
+  Value value = l.round(l.loadF32(rows, {source, j}), type);
+  if (!rowWeights)
+    return value;
+  return l.round(l.mul(value, l.load(rowWeights, {source, l.remi(p, slots)})), type);
+}
 
 /// Rows that exist: offsets[E].
 Value getRowCount(LoopBuilder &l, Value offsets) {
@@ -159,10 +181,13 @@ struct LowerSingleGroup : LowerOp<SingleGroupOp> {
 struct LowerGather : LowerOp<GatherOp> {
   using LowerOp::LowerOp;
   void lower(GatherOp op, OpAdaptor, LoopBuilder &l) const override {
+    Type type = cast<MemRefType>(op.getOut().getType()).getElementType();
     l.loop(getRowCount(l, op.getOffsets()), [&](Value n) {
-      Value token = l.divi(l.loadIndex(op.getPair(), n), op.getSlots());
-      l.loop(l.dim(op.getX(), 1),
-             [&](Value j) { l.storeF32(l.loadF32(op.getX(), {token, j}), op.getOut(), {n, j}); });
+      Value p = l.loadIndex(op.getPair(), n), token = l.divi(p, op.getSlots());
+      l.loop(l.dim(op.getX(), 1), [&](Value j) {
+        l.storeF32(loadRow(l, op.getX(), token, j, type, op.getRowWeights(), p, op.getSlots()),
+                   op.getOut(), {n, j});
+      });
     });
   }
 };
@@ -186,8 +211,7 @@ struct LowerActivate : LowerOp<ActivateOp> {
 struct LowerCombine : LowerOp<CombineOp> {
   using LowerOp::LowerOp;
   void lower(CombineOp op, OpAdaptor, LoopBuilder &l) const override {
-    TokenSums sums(l, op.getOut(), op.getPair(), op.getWeights(), op.getSlots(),
-                   op.getAccumulate());
+    TokenSums sums(l, op, op.getPair(), op.getWeights(), op.getSlots());
     l.loop(getRowCount(l, op.getOffsets()), [&](Value n) {
       auto [token, weight] = sums.find(n);
       l.loop(l.dim(op.getRows(), 1), [&, token = token, weight = weight](Value j) {
@@ -207,28 +231,33 @@ struct LowerGroupedMatmul : LowerOp<GroupedMatmulOp> {
         op.getRowType() ? *op.getRowType() : cast<MemRefType>(rows.getType()).getElementType();
     std::optional<TokenSums> sums;
     if (op.hasCombine())
-      sums.emplace(l, op.getOut(), op.getCombinePair(), op.getCombineWeights(),
-                   op.getCombineSlots(), op.getAccumulate());
+      sums.emplace(l, op, op.getCombinePair(), op.getCombineWeights(), op.getCombineSlots());
 
     l.loop(weight.getExperts(), [&](Value e) {
       Value first = l.loadIndex(op.getOffsets(), e);
       Value last = l.loadIndex(op.getOffsets(), l.addi(e, 1));
       l.loop(first, last, [&](Value n) {
-        Value source = op.hasVia() ? l.divi(l.loadIndex(op.getViaPair(), n), op.getViaSlots()) : n;
+        Value p = op.hasVia() ? l.loadIndex(op.getViaPair(), n) : n;
+        Value source = op.hasVia() ? l.divi(p, op.getViaSlots()) : n;
         std::pair<Value, Value> target;
         if (sums)
           target = sums->find(n);
         l.loop(weight.getRows(), [&](Value j) {
-          SmallVector<Value> products =
-              l.fold(l.index(weight.getCols()), SmallVector<Value>(weight.getParts(), l.real(0.0)),
-                     [&](Value i, ValueRange state) {
-                       Value a = l.round(l.loadF32(rows, {source, i}), rowType);
-                       SmallVector<Value> next;
-                       for (auto [part, sum] : llvm::enumerate(state))
-                         next.push_back(l.fma(
-                             a, loadWeight(l, weight, adaptor.getWeight(), e, part, j, i), sum));
-                       return next;
-                     });
+          SmallVector<Value> products = l.fold(
+              l.index(weight.getCols()), SmallVector<Value>(weight.getParts(), l.real(0.0)),
+              [&](Value i, ValueRange state) {
+                Value a =
+                    loadRow(l, rows, source, i, rowType, op.getRowWeights(), p, op.getViaSlots());
+                SmallVector<Value> next;
+                for (auto [part, sum] : llvm::enumerate(state))
+                  next.push_back(
+                      l.fma(a, loadWeight(l, weight, adaptor.getWeight(), e, part, j, i), sum));
+                return next;
+              });
+          if (op.getBias())
+            for (auto [part, product] : llvm::enumerate(products))
+              product = l.add(product, loadWeight(l, cast<WeightType>(op.getBias().getType()),
+                                                  adaptor.getBias(), e, part, j, l.index(0)));
           if (op.hasEpilogue())
             products = {inlineEpilogue(l, op.getEpilogue(), products)};
           if (sums)

@@ -14,6 +14,7 @@
 #include "mlir/Dialect/Bufferization/Transforms/OneShotModuleBufferize.h"
 #include "mlir/Dialect/Func/IR/FuncOps.h"
 #include "mlir/Dialect/MemRef/IR/MemRef.h"
+#include "mlir/Dialect/Tensor/IR/Tensor.h"
 
 namespace mlir::moe {
 #define GEN_PASS_DEF_MOEBUFFERIZE
@@ -27,7 +28,7 @@ using namespace mlir::moe;
 /// arrays of routing are compact.
 static MemRefType argumentType(RankedTensorType type, StringRef role) {
   MemRefLayoutAttrInterface layout;
-  if (role == "x" || role == "y" || role == "logits")
+  if (role == "x" || role == "router_x" || role == "y" || role == "logits")
     layout = StridedLayoutAttr::get(type.getContext(), 0, {ShapedType::kDynamic, 1});
   return MemRefType::get(type.getShape(), type.getElementType(), layout);
 }
@@ -90,6 +91,18 @@ static LogicalResult convertBoundary(func::FuncOp func) {
   return success();
 }
 
+/// Gives every destination a buffer of its own. Equal empty tensors are one value by now, and on
+/// tensors it makes no difference; but a buffer that two operations write ties their order, and the
+/// stages of tasks have another one (a shared expert's first matmul runs beside the routed one).
+static void splitEmptyTensors(func::FuncOp func) {
+  func.walk([](tensor::EmptyOp empty) {
+    for (OpOperand &use : llvm::make_early_inc_range(llvm::drop_begin(empty->getUses()))) {
+      OpBuilder b(empty);
+      use.set(b.clone(*empty)->getResult(0));
+    }
+  });
+}
+
 namespace {
 struct BufferizePass : public mlir::moe::impl::MoEBufferizeBase<BufferizePass> {
   void runOnOperation() override {
@@ -105,6 +118,7 @@ struct BufferizePass : public mlir::moe::impl::MoEBufferizeBase<BufferizePass> {
     for (auto func : module.getOps<func::FuncOp>()) {
       if (!func->hasAttr(MoEDialect::kTargetAttrName))
         continue;
+      splitEmptyTensors(func);
       if (failed(convertBoundary(func)))
         return signalPassFailure();
       bufferization::BufferizationState state;

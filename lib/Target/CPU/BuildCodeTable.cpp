@@ -12,6 +12,7 @@
 
 #include "mlir/IR/BuiltinOps.h"
 #include "mlir/IR/SymbolTable.h"
+#include "moec.h"
 #include "moec/module.h"
 
 using namespace mlir;
@@ -44,12 +45,13 @@ static WeightEntry describe(WeightOp op) {
   return entry;
 }
 
-/// Multiplications and additions of one token, counted as two.
+/// Multiplications and additions of one token, counted as two: all of a weight that every token
+/// uses, K experts of the others.
 static uint64_t activeFlops(const LayerCode &code) {
   uint64_t flops = 0;
   for (const WeightEntry &w : code.weights) {
     uint64_t product = 2ull * w.parts * w.rows * w.cols;
-    flops += w.role == "router" ? product : product * static_cast<uint64_t>(code.K);
+    flops += w.experts == 1 ? product : product * static_cast<uint64_t>(code.K);
   }
   return flops;
 }
@@ -74,7 +76,9 @@ llvm::Expected<CodeTable> mlir::moe::buildCodeTable(ModuleOp module, StringRef n
     code.E = dims.getE();
     code.K = dims.getK();
     code.S = dims.getS();
-    keyText << code.kind << layer.getCompute() << dims;
+    if (layer.getRouterX())
+      code.needs |= MOEC_ROUTER_X;
+    keyText << code.kind << layer.getCompute() << dims << code.needs;
     for (auto reference : layer.getWeights().getAsRange<FlatSymbolRefAttr>()) {
       auto weight = symbols.lookup<WeightOp>(reference.getAttr());
       if (!weight)

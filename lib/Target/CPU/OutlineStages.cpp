@@ -42,7 +42,9 @@ static_assert(offsetof(moec_frame, workspace) == 0 && offsetof(moec_frame, weigh
                   offsetof(moec_frame, expert_weights) == 72 &&
                   offsetof(moec_frame, logits) == 80 && offsetof(moec_frame, logits_stride) == 88 &&
                   offsetof(moec_frame, offsets) == 96 && offsetof(moec_frame, accumulate) == 104 &&
-                  offsetof(moec_frame, lanes) == 112 && offsetof(moec_frame, counters) == 128,
+                  offsetof(moec_frame, lanes) == 112 && offsetof(moec_frame, routed_only) == 120 &&
+                  offsetof(moec_frame, counters) == 128 && offsetof(moec_frame, router_x) == 1152 &&
+                  offsetof(moec_frame, router_x_stride) == 1160,
               "the frame's layout is part of the ABI");
 
 static constexpr llvm::StringLiteral kTokens = "tokens", kSlots = "slots";
@@ -97,6 +99,9 @@ FailureOr<Value> Outliner::buffer(OpBuilder &b, Value frame, MemRefType type, St
   } else if (role == "x") {
     base = offsetof(moec_frame, x);
     stride = offsetof(moec_frame, x_stride);
+  } else if (role == "router_x") {
+    base = offsetof(moec_frame, router_x);
+    stride = offsetof(moec_frame, router_x_stride);
   } else if (role == "y") {
     base = offsetof(moec_frame, y);
     stride = offsetof(moec_frame, y_stride);
@@ -161,8 +166,10 @@ FailureOr<Value> Outliner::argument(OpBuilder &b, Value frame, BlockArgument arg
   if (auto type = dyn_cast<MemRefType>(argument.getType()))
     return buffer(b, frame, type, role);
   Type i64 = b.getI64Type();
-  if (role == "accumulate") {
-    Value flag = field(b, frame, offsetof(moec_frame, accumulate), i64);
+  if (role == "accumulate" || role == "routed_only") {
+    size_t offset =
+        role == "accumulate" ? offsetof(moec_frame, accumulate) : offsetof(moec_frame, routed_only);
+    Value flag = field(b, frame, offset, i64);
     Value zero = arith::ConstantIntOp::create(b, loc, 0, 64);
     return arith::CmpIOp::create(b, loc, arith::CmpIPredicate::ne, flag, zero).getResult();
   }

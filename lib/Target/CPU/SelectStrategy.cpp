@@ -219,30 +219,45 @@ FailureOr<StrategyAttr> SelectStrategyPass::build(Operation *op, const CPULevel 
 LogicalResult SelectStrategyPass::select(func::FuncOp func, const CPULevel &level) {
   StringRef function = func.getSymName();
   unsigned number = 0;
-  std::optional<int64_t> chunkRows, blockRows;
+  // What the matmuls of one group of rows have in common.
+  struct Shared {
+    int64_t chunkRows, blockRows;
+  };
+  DenseMap<Value, Shared> groups;
   WalkResult walk = func.walk([&](Operation *op) {
     StrategyAttr strategy;
     auto choose = [&](WeightType weight, const Twine &name, RowSource source, ResultForm result,
-                      bool combine, bool shared,
+                      bool combine, Value offsets, StrategyAttr before,
                       KernelProduct product = KernelProduct::Fma) -> LogicalResult {
       Fields fields = defaults(level, weight, combine, product);
-      // The matmuls of one function walk the same list of chunks and, where the rows between them
-      // stay in blocks, the same blocks.
-      if (shared && chunkRows)
-        fields.chunkRows = *chunkRows;
+      // The matmuls of one group walk the same list of chunks and, where the rows between them
+      // stay in blocks, the same blocks. Combines of one chain walk the same panels.
+      auto shared = offsets ? groups.find(offsets) : groups.end();
+      if (shared != groups.end())
+        fields.chunkRows = shared->second.chunkRows;
+      if (before) {
+        fields.panels = before.getUkernel().getPanels();
+        fields.panelsPerTask = before.getPanelsPerTask();
+      }
       if (failed(override(op, function, name.str(), fields)))
         return failure();
-      if (shared) {
-        if (chunkRows && fields.chunkRows != *chunkRows)
+      if (shared != groups.end()) {
+        auto [chunkRows, blockRows] = shared->second;
+        if (fields.chunkRows != chunkRows)
           return op->emitOpError("illegal strategy: expected chunk_rows ")
-                 << *chunkRows << " as in the matmul before it, but got " << fields.chunkRows;
-        if (source == RowSource::Blocked && blockRows && fields.rows != *blockRows)
+                 << chunkRows << " as in the matmul before it, but got " << fields.chunkRows;
+        if (source == RowSource::Blocked && fields.rows != blockRows)
           return op->emitOpError("illegal strategy: expected rows ")
-                 << *blockRows << " as in the matmul that wrote the blocks, but got "
-                 << fields.rows;
-        chunkRows = fields.chunkRows;
-        blockRows = fields.rows;
+                 << blockRows << " as in the matmul that wrote the blocks, but got " << fields.rows;
       }
+      if (before && (fields.panels != before.getUkernel().getPanels() ||
+                     fields.panelsPerTask != before.getPanelsPerTask()))
+        return op->emitOpError("illegal strategy: expected panels ")
+               << before.getUkernel().getPanels() << " and panels_per_task "
+               << before.getPanelsPerTask() << " as in the combine before it, but got "
+               << fields.panels << " and " << fields.panelsPerTask;
+      if (offsets)
+        groups[offsets] = {fields.chunkRows, fields.rows};
       FailureOr<StrategyAttr> built = build(op, level, fields, source, result);
       if (failed(built))
         return failure();
@@ -250,16 +265,16 @@ LogicalResult SelectStrategyPass::select(func::FuncOp func, const CPULevel &leve
       return success();
     };
     LogicalResult result = success();
+    auto chooseRouter = [&](auto router) {
+      result = choose(router.getWeight().getType(), "router", RowSource::Rows, ResultForm::Rows,
+                      /*combine=*/false, /*offsets=*/Value(), /*before=*/StrategyAttr());
+      if (succeeded(result))
+        router.setStrategyAttr(strategy);
+    };
     if (auto router = dyn_cast<RouterOp>(op)) {
-      result = choose(cast<WeightType>(router.getWeight().getType()), "router", RowSource::Rows,
-                      ResultForm::Rows, false, false);
-      if (succeeded(result))
-        router.setStrategyAttr(strategy);
+      chooseRouter(router);
     } else if (auto router = dyn_cast<RouteDispatchOp>(op)) {
-      result = choose(cast<WeightType>(router.getWeight().getType()), "router", RowSource::Rows,
-                      ResultForm::Rows, false, false);
-      if (succeeded(result))
-        router.setStrategyAttr(strategy);
+      chooseRouter(router);
     } else if (auto matmul = dyn_cast<GroupedMatmulOp>(op)) {
       RowSource source = RowSource::Rows;
       if (matmul.hasVia())
@@ -277,8 +292,12 @@ LogicalResult SelectStrategyPass::select(func::FuncOp func, const CPULevel &leve
         if (reader && reader.getRows() == matmul->getResult(0) && !reader.hasVia())
           form = ResultForm::Blocked;
       }
+      GroupedMatmulOp before;
+      if (matmul.getStart())
+        before = matmul.getStart().getDefiningOp<GroupedMatmulOp>();
       result = choose(matmul.getWeightType(), "grouped_matmul." + Twine(number++), source, form,
-                      matmul.hasCombine(), true, productOf(matmul, level));
+                      matmul.hasCombine(), matmul.getOffsets(),
+                      before ? before.getStrategyAttr() : StrategyAttr(), productOf(matmul, level));
       if (succeeded(result))
         matmul.setStrategyAttr(strategy);
     }

@@ -149,11 +149,14 @@ FailureOr<func::FuncOp> CloneVariantsPass::makeVariant(func::FuncOp original, co
   auto retype = [&](Value value, Type element) {
     value.setType(cast<RankedTensorType>(value.getType()).clone(element));
   };
-  // x: whoever reads it rounds to the compute type, which its readers must now say.
-  BlockArgument input = argumentOf(clone, "x");
-  if (!input)
+  // x, and router_x where there is one: whoever reads it rounds to the compute type, which its
+  // readers must now say.
+  if (!argumentOf(clone, "x"))
     return clone.emitOpError("expected an argument with moe.arg = \"x\"");
-  if (cast<RankedTensorType>(input.getType()).getElementType() != x) {
+  for (StringRef role : {"x", "router_x"}) {
+    BlockArgument input = argumentOf(clone, role);
+    if (!input || cast<RankedTensorType>(input.getType()).getElementType() == x)
+      continue;
     retype(input, x);
     for (OpOperand &use : input.getUses()) {
       if (auto matmul = dyn_cast<GroupedMatmulOp>(use.getOwner())) {

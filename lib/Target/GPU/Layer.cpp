@@ -57,6 +57,13 @@ LogicalResult Layer::checkRouter() {
           router, routerAttr,
           {"score", "order", "top_k", "renormalize", "epsilon", "norm_p", "scale"})))
     return failure();
+  RouterVectors vectors = isa<RouterOp>(router) ? cast<RouterOp>(router).getVectors()
+                                                : cast<RouteDispatchOp>(router).getVectors();
+  for (Value vector :
+       {vectors.bias, vectors.selectionBias, vectors.expertScale, vectors.inputScale})
+    if (vector)
+      return router->emitOpError("expected a router without vectors, but got ")
+             << vector.getType() << ": not built yet for GPUs";
   if (routerAttr.getScore() != ScoreFunction::Softmax &&
       routerAttr.getScore() != ScoreFunction::Sigmoid)
     return router->emitOpError("expected score softmax or sigmoid, but got ")

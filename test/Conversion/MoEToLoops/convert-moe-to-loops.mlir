@@ -54,12 +54,12 @@ func.func @declined_tensor(%g: tensor<?x24xf32>, %y: tensor<?x24xf32>) -> tensor
 // -----
 
 // Declined: router attributes without a reference lowering.
-func.func @declined_bias(%x: memref<?x32xf32>, %wg: !moe.weight<1x1x8x32xf32, panel32>,
+func.func @declined_precision(%x: memref<?x32xf32>, %wg: !moe.weight<1x1x8x32xf32, panel32>,
     %w: memref<?x2xf32>, %e: memref<?x2xi32>) {
-  // expected-error @below {{expected router attributes with a reference lowering, but got selection_bias = score}}
+  // expected-error @below {{expected router attributes with a reference lowering, but got precision = model}}
   // expected-error @below {{failed to legalize operation 'moe.router'}}
   moe.router ins(%x, %wg : memref<?x32xf32>, !moe.weight<1x1x8x32xf32, panel32>)
       outs(%w, %e : memref<?x2xf32>, memref<?x2xi32>)
-      #moe.router<score = sigmoid, order = score_then_select, top_k = 2, selection_bias = score>
+      #moe.router<score = sigmoid, order = score_then_select, top_k = 2, precision = model>
   return
 }

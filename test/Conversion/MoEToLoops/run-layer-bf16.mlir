@@ -85,7 +85,7 @@ func.func @layer(%x: tensor<?x2xbf16>, %y: tensor<?x2xf32>, %w: tensor<?x?xf32>,
       -> tensor<?x2xbf16>
   %z = moe.combine ins(%r, %off : tensor<?x2xbf16>, tensor<4xi32>)
       via(%pair, %w slots %k : tensor<?xi32>, tensor<?x?xf32>) accumulate %acc
-      outs(%y : tensor<?x2xf32>) #moe.combine -> tensor<?x2xf32>
+      outs(%y : tensor<?x2xf32>) -> tensor<?x2xf32>
   return %off, %z : tensor<4xi32>, tensor<?x2xf32>
 }
 

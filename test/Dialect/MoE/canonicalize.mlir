@@ -34,7 +34,7 @@ func.func @softmax_l1_norm(%x: tensor<?x32xf32>, %wg: !moe.weight<1x1x8x32xf32, 
 // An epsilon, a bias or the model's own rounding: left as it is.
 // CHECK-LABEL: func.func @kept(
 func.func @kept(%x: tensor<?x32xf32>, %wg: !moe.weight<1x1x8x32xf32, panel32>,
-    %w0: tensor<?x2xf32>, %e0: tensor<?x2xi32>)
+    %bias: !moe.weight<1x1x8x1xf32, vector32>, %w0: tensor<?x2xf32>, %e0: tensor<?x2xi32>)
     -> (tensor<?x2xf32>, tensor<?x2xf32>, tensor<?x2xf32>, tensor<?x2xf32>) {
   // CHECK: moe.router {{.*}} order = score_then_select, top_k = 2, renormalize = sum, epsilon = 1.0e-20>
   %a, %ae = moe.router ins(%x, %wg : tensor<?x32xf32>, !moe.weight<1x1x8x32xf32, panel32>)
@@ -43,6 +43,7 @@ func.func @kept(%x: tensor<?x32xf32>, %wg: !moe.weight<1x1x8x32xf32, panel32>,
                   epsilon = 1.0e-20> -> tensor<?x2xf32>, tensor<?x2xi32>
   // CHECK: moe.router {{.*}} order = score_then_select, top_k = 2, renormalize = sum, selection_bias = score>
   %b, %be = moe.router ins(%x, %wg : tensor<?x32xf32>, !moe.weight<1x1x8x32xf32, panel32>)
+      selection_bias(%bias : !moe.weight<1x1x8x1xf32, vector32>)
       outs(%w0, %e0 : tensor<?x2xf32>, tensor<?x2xi32>)
       #moe.router<score = softmax, order = score_then_select, top_k = 2, renormalize = sum,
                   selection_bias = score> -> tensor<?x2xf32>, tensor<?x2xi32>
@@ -84,7 +85,7 @@ func.func @accumulate_false(%r: tensor<?x32xf32>, %off: tensor<2xi32>, %y: tenso
   // CHECK-NOT: accumulate
   // CHECK: return
   %a = moe.combine ins(%r, %off : tensor<?x32xf32>, tensor<2xi32>) accumulate %false
-      outs(%y : tensor<?x32xf32>) #moe.combine -> tensor<?x32xf32>
+      outs(%y : tensor<?x32xf32>) -> tensor<?x32xf32>
   %b = moe.ffn ins(%r, %w1, %w2 : tensor<?x32xf32>, !moe.weight<1x2x16x32xf32, panel32>,
       !moe.weight<1x1x32x16xf32, panel32>) accumulate %false outs(%y : tensor<?x32xf32>)
       #moe.expert<form = glu, activation = silu> -> tensor<?x32xf32>
@@ -119,4 +120,41 @@ func.func @shapes(%g: tensor<?x24xf32>, %y: tensor<?x24xf32>) -> (tensor<?x24xf3
   // CHECK: tensor.dim %[[Y]]
   %d = tensor.dim %a, %c0 : tensor<?x24xf32>
   return %a, %d : tensor<?x24xf32>, index
+}
+
+// -----
+
+// A score is positive: a group that is filled with 0 cannot win either. With a bias it can.
+// CHECK-LABEL: func.func @group_fill(
+func.func @group_fill(%x: tensor<?x32xf32>, %wg: !moe.weight<1x1x8x32xf32, panel32>,
+    %bias: !moe.weight<1x1x8x1xf32, vector32>, %w0: tensor<?x2xf32>, %e0: tensor<?x2xi32>)
+    -> (tensor<?x2xf32>, tensor<?x2xf32>) {
+  // CHECK: groups = <count = 4, keep = 2, reduce = max, fill = neg_inf>>
+  %a, %ae = moe.router ins(%x, %wg : tensor<?x32xf32>, !moe.weight<1x1x8x32xf32, panel32>)
+      outs(%w0, %e0 : tensor<?x2xf32>, tensor<?x2xi32>)
+      #moe.router<score = softmax, order = score_then_select, top_k = 2,
+                  groups = <count = 4, keep = 2, reduce = max, fill = zero>>
+      -> tensor<?x2xf32>, tensor<?x2xi32>
+  // CHECK: groups = <count = 4, keep = 2, reduce = max, fill = zero>>
+  %b, %be = moe.router ins(%x, %wg : tensor<?x32xf32>, !moe.weight<1x1x8x32xf32, panel32>)
+      selection_bias(%bias : !moe.weight<1x1x8x1xf32, vector32>)
+      outs(%w0, %e0 : tensor<?x2xf32>, tensor<?x2xi32>)
+      #moe.router<score = softmax, order = score_then_select, top_k = 2, selection_bias = score,
+                  groups = <count = 4, keep = 2, reduce = max, fill = zero>>
+      -> tensor<?x2xf32>, tensor<?x2xi32>
+  return %a, %b : tensor<?x2xf32>, tensor<?x2xf32>
+}
+
+// -----
+
+// A factor of one is none, and without accumulate nothing is started from.
+// CHECK-LABEL: func.func @plain_sum(
+func.func @plain_sum(%r: tensor<?x32xf32>, %off: tensor<2xi32>, %y: tensor<?x32xf32>,
+    %s: tensor<?x32xf32>) -> tensor<?x32xf32> {
+  // CHECK: moe.combine ins(%{{.*}}, %{{.*}} : tensor<?x32xf32>, tensor<2xi32>) outs(
+  %one = arith.constant 1.0 : f32
+  %no = arith.constant false
+  %z = moe.combine ins(%r, %off : tensor<?x32xf32>, tensor<2xi32>) scale %one
+      accumulate %no from %s : tensor<?x32xf32> outs(%y : tensor<?x32xf32>) -> tensor<?x32xf32>
+  return %z : tensor<?x32xf32>
 }

@@ -13,7 +13,7 @@ func.func private @weight_type_format(!moe.weight<1x2x8x8xf16, panel32>)
 // -----
 
 // weight_type_layout
-// expected-error @below {{expected weight layout panel32, but got 'rows'}}
+// expected-error @below {{expected weight layout panel32 or vector32, but got 'rows'}}
 func.func private @weight_type_layout(!moe.weight<1x2x8x8xf32, rows>)
 
 // -----
@@ -205,7 +205,7 @@ func.func private @unknown_attribute() attributes {moe.entri = "forward"}
 // -----
 
 // arg_attribute
-// expected-error @below {{argument 0: expected 'moe.arg' to be one of x, y, weights, experts, logits, accumulate, weight, offsets, lanes, workspace, tokens, slots, but got "z"}}
+// expected-error @below {{argument 0: expected 'moe.arg' to be one of x, router_x, y, weights, experts, logits, accumulate, routed_only, weight, offsets, lanes, workspace, tokens, slots, but got "z"}}
 func.func private @arg_attribute(i32 {moe.arg = "z"})
 
 // -----
@@ -386,7 +386,7 @@ func.func @router_c5_keep(%x: memref<?x32xf32>, %wg: !moe.weight<1x1x8x32xf32, p
   moe.router ins(%x, %wg : memref<?x32xf32>, !moe.weight<1x1x8x32xf32, panel32>)
       outs(%w, %e : memref<?x2xf32>, memref<?x2xi32>)
       #moe.router<score = softmax, order = score_then_select, top_k = 2,
-                  groups = <count = 8, keep = 1, reduce = max, fill = zero>>
+                  groups = <count = 8, keep = 1, reduce = max, fill = neg_inf>>
   return
 }
 
@@ -590,7 +590,7 @@ func.func @combine_c1(%r: memref<8x32xf32>, %off: memref<5xi32>, %pair: memref<8
   // expected-error @below {{expected width H of rows = 31, but got 32}}
   moe.combine ins(%r, %off : memref<8x32xf32>, memref<5xi32>)
       via(%pair, %w slots %k : memref<8xi32>, memref<4x2xf32>)
-      outs(%y : memref<4x31xf32>) #moe.combine
+      outs(%y : memref<4x31xf32>)
   return
 }
 
@@ -601,7 +601,7 @@ func.func @combine_c1_dense(%r: memref<8x32xf32>, %off: memref<5xi32>, %pair: me
     %w: memref<4x2xf32>, %k: index, %y: memref<4x32xf32>) {
   // expected-error @below {{expected rows T without pairs = 4, but got 8}}
   moe.combine ins(%r, %off : memref<8x32xf32>, memref<5xi32>)
-      outs(%y : memref<4x32xf32>) #moe.combine
+      outs(%y : memref<4x32xf32>)
   return
 }
 
@@ -613,7 +613,7 @@ func.func @combine_c2(%r: memref<8x32xf32>, %off: memref<5xi32>, %pair: memref<7
   // expected-error @below {{expected elements N of pair = 8, but got 7}}
   moe.combine ins(%r, %off : memref<8x32xf32>, memref<5xi32>)
       via(%pair, %w slots %k : memref<7xi32>, memref<4x2xf32>)
-      outs(%y : memref<4x32xf32>) #moe.combine
+      outs(%y : memref<4x32xf32>)
   return
 }
 
@@ -625,7 +625,7 @@ func.func @combine_c2_weights(%r: memref<8x32xf32>, %off: memref<5xi32>, %pair: 
   // expected-error @below {{expected tokens T of the weights = 4, but got 5}}
   moe.combine ins(%r, %off : memref<8x32xf32>, memref<5xi32>)
       via(%pair, %w slots %k : memref<8xi32>, memref<5x2xf32>)
-      outs(%y : memref<4x32xf32>) #moe.combine
+      outs(%y : memref<4x32xf32>)
   return
 }
 
@@ -637,7 +637,7 @@ func.func @combine_c4(%r: memref<8x32xf32>, %off: memref<1xi32>, %pair: memref<8
   // expected-error @below {{expected offsets of at least 2 elements, but got 1}}
   moe.combine ins(%r, %off : memref<8x32xf32>, memref<1xi32>)
       via(%pair, %w slots %k : memref<8xi32>, memref<4x2xf32>)
-      outs(%y : memref<4x32xf32>) #moe.combine
+      outs(%y : memref<4x32xf32>)
   return
 }
 
@@ -647,8 +647,8 @@ func.func @combine_c4(%r: memref<8x32xf32>, %off: memref<1xi32>, %pair: memref<8
 func.func @combine_c3(%r: memref<8x32xf32>, %off: memref<5xi32>, %pair: memref<8xi32>,
     %y: memref<4x32xf32>) {
   // expected-error @below {{expected pair, weights and slots together, but got some of them}}
-  "moe.combine"(%r, %off, %pair, %y) <{combine = #moe.combine,
-      operandSegmentSizes = array<i32: 1, 1, 1, 0, 0, 0, 1>}>
+  "moe.combine"(%r, %off, %pair, %y) <{
+      operandSegmentSizes = array<i32: 1, 1, 1, 0, 0, 0, 0, 0, 0, 1>}>
       : (memref<8x32xf32>, memref<5xi32>, memref<8xi32>, memref<4x32xf32>) -> ()
   return
 }
@@ -885,7 +885,7 @@ func.func @grouped_matmul_c3(%x: memref<8x32xf32>, %off: memref<5xi32>, %pair: m
     %w: !moe.weight<4x1x32x24xf32, panel32>, %h: memref<8x24xf32>, %o: memref<8x32xf32>) {
   // expected-error @below {{expected via %pair slots %k, but got one of them}}
   "moe.grouped_matmul"(%h, %pair, %off, %w, %o) <{
-      operandSegmentSizes = array<i32: 1, 1, 0, 1, 1, 0, 0, 0, 0, 1>}> ({})
+      operandSegmentSizes = array<i32: 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1>}> ({})
       : (memref<8x24xf32>, memref<8xi32>, memref<5xi32>, !moe.weight<4x1x32x24xf32, panel32>,
          memref<8x32xf32>) -> ()
   return
@@ -1009,7 +1009,7 @@ func.func @gemm_tile_c2(%n: index, %a: memref<?xf32>, %o: memref<?xf32>, %pair: 
 // gemm_tile_c3
 func.func @gemm_tile_c3(%n: index, %a: memref<?xf32>, %o: memref<?x32xf32>, %pair: memref<?xi32>,
     %tw: memref<?xf32>, %w: !moe.weight<4x1x32x24xf32, panel32>) {
-  // expected-error @below {{expected via and compute with into combine only}}
+  // expected-error @below {{expected via, gate, scale and compute with into combine only}}
   moe.gemm_tile count(%n) a(%a : memref<?xf32>)
       weight(%w[%n, %n] : !moe.weight<4x1x32x24xf32, panel32>)
       into rows(%o row %n : memref<?x32xf32>) compute = bf16
@@ -1168,5 +1168,109 @@ func.func @gemm_tile_c6_weight(%n: index, %a: memref<?xbf16>, %h: memref<?xf32>,
   moe.gemm_tile count(%n) a(%a : memref<?xbf16>)
       weight(%w[%n, %n] : !moe.weight<4x1x40x33xf32, panel32>) into blocked(%h : memref<?xf32>)
       ukernel = #moe.ukernel<level = "avx512-bf16", rows = 2, panels = 1, product = dot_bf16>
+  return
+}
+
+// -----
+
+// weight_type, vector32
+// expected-error @below {{expected one column of f32 in layout vector32, but got 2 of f32}}
+func.func private @vector32_columns(!moe.weight<1x1x8x2xf32, vector32>)
+
+// -----
+
+// router_c5, sum_top2
+func.func @router_c5_pairs(%x: memref<?x32xf32>, %wg: !moe.weight<1x1x8x32xf32, panel32>,
+    %w: memref<?x2xf32>, %e: memref<?x2xi32>) {
+  // expected-error @below {{expected groups of at least 2 experts for sum_top2, but got 1}}
+  moe.router ins(%x, %wg : memref<?x32xf32>, !moe.weight<1x1x8x32xf32, panel32>)
+      outs(%w, %e : memref<?x2xf32>, memref<?x2xi32>)
+      #moe.router<score = softmax, order = score_then_select, top_k = 2,
+                  groups = <count = 8, keep = 4, reduce = sum_top2, fill = zero>>
+  return
+}
+
+// -----
+
+// router_c6
+func.func @router_c6(%x: memref<?x32xf32>, %wg: !moe.weight<1x1x8x32xf32, panel32>,
+    %b: !moe.weight<1x1x9x1xf32, vector32>, %w: memref<?x2xf32>, %e: memref<?x2xi32>) {
+  // expected-error @below {{expected bias of 1x1x8x1, but got 1x1x9x1}}
+  moe.router ins(%x, %wg : memref<?x32xf32>, !moe.weight<1x1x8x32xf32, panel32>)
+      bias(%b : !moe.weight<1x1x9x1xf32, vector32>)
+      outs(%w, %e : memref<?x2xf32>, memref<?x2xi32>)
+      #moe.router<score = softmax, order = score_then_select, top_k = 2>
+  return
+}
+
+// -----
+
+// router_c7
+func.func @router_c7(%x: memref<?x32xf32>, %wg: !moe.weight<1x1x8x32xf32, panel32>,
+    %w: memref<?x2xf32>, %e: memref<?x2xi32>) {
+  // expected-error @below {{expected input_scale exactly with input = rms_norm, but got none}}
+  moe.router ins(%x, %wg : memref<?x32xf32>, !moe.weight<1x1x8x32xf32, panel32>)
+      outs(%w, %e : memref<?x2xf32>, memref<?x2xi32>)
+      #moe.router<score = softmax, order = score_then_select, top_k = 2, input = rms_norm>
+  return
+}
+
+// -----
+
+// router_c8
+func.func @router_c8(%x: memref<?x32xf32>, %wg: !moe.weight<1x1x8x32xf32, panel32>,
+    %w: memref<?x2xf32>, %e: memref<?x2xi32>) {
+  // expected-error @below {{expected softmax without groups, selection bias and renormalisation}}
+  moe.router ins(%x, %wg : memref<?x32xf32>, !moe.weight<1x1x8x32xf32, panel32>)
+      outs(%w, %e : memref<?x2xf32>, memref<?x2xi32>)
+      #moe.router<score = sigmoid, order = score_then_select, top_k = 2, select = sparse_mixer>
+  return
+}
+
+// -----
+
+// combine_c5
+func.func @combine_c5(%r: memref<?x32xf32>, %off: memref<5xi32>, %pair: memref<?xi32>,
+    %w: memref<4x2xf32>, %k: index, %g: memref<4x1xf32>, %y: memref<4x32xf32>) {
+  // expected-error @below {{expected gate without pairs, but got both}}
+  moe.combine ins(%r, %off : memref<?x32xf32>, memref<5xi32>)
+      via(%pair, %w slots %k : memref<?xi32>, memref<4x2xf32>) gate(%g : memref<4x1xf32>)
+      outs(%y : memref<4x32xf32>)
+  return
+}
+
+// -----
+
+// combine_c6
+func.func @combine_c6(%r: memref<4x32xf32>, %off: memref<2xi32>, %s: memref<4x32xf32>,
+    %y: memref<4x32xf32>) {
+  // expected-error @below {{expected accumulate with from, but got from alone}}
+  moe.combine ins(%r, %off : memref<4x32xf32>, memref<2xi32>) from %s : memref<4x32xf32>
+      outs(%y : memref<4x32xf32>)
+  return
+}
+
+// -----
+
+// experts_c6
+func.func @experts_c6(%x: memref<4x32xf32>, %y: memref<4x32xf32>,
+    %w1: !moe.weight<1x2x16x32xf32, panel32>, %w2: !moe.weight<1x1x32x16xf32, panel32>) {
+  // expected-error @below {{expected biases exactly with bias = true, but got none}}
+  moe.ffn ins(%x, %w1, %w2 : memref<4x32xf32>, !moe.weight<1x2x16x32xf32, panel32>,
+      !moe.weight<1x1x32x16xf32, panel32>) outs(%y : memref<4x32xf32>)
+      #moe.expert<form = glu, activation = silu, bias = true>
+  return
+}
+
+// -----
+
+// grouped_matmul_c9
+func.func @grouped_matmul_c9(%x: memref<8x32xf32>, %off: memref<5xi32>,
+    %w: !moe.weight<4x1x24x32xf32, panel32>, %b: !moe.weight<4x1x23x1xf32, vector32>,
+    %o: memref<8x24xf32>) {
+  // expected-error @below {{expected a bias of 4x1x24x1, but got 4x1x23x1}}
+  moe.grouped_matmul rows(%x : memref<8x32xf32>) groups(%off : memref<5xi32>)
+      weights(%w : !moe.weight<4x1x24x32xf32, panel32>)
+      bias(%b : !moe.weight<4x1x23x1xf32, vector32>) outs(%o : memref<8x24xf32>)
   return
 }

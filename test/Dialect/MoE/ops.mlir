@@ -57,36 +57,46 @@ func.func @forward(%x: tensor<?x2048xbf16> {moe.arg = "x"}, %y: tensor<?x2048xbf
       tensor<?xi32>, !moe.weight<64x2x1024x2048xbf16, panel32>,
       !moe.weight<64x1x2048x1024xbf16, panel32>) slots %k outs(%r0 : tensor<?x2048xbf16>)
       #moe.expert<form = glu, activation = silu> -> tensor<?x2048xbf16>
-  // CHECK: moe.combine ins(%{{.*}}, %[[OFF]] : tensor<?x2048xbf16>, tensor<65xi32>) via(%[[PAIR]], %[[W]] slots %{{.*}} : tensor<?xi32>, tensor<?x8xf32>) accumulate %{{.*}} outs(%{{.*}} : tensor<?x2048xbf16>) #moe.combine -> tensor<?x2048xbf16>
+  // CHECK: moe.combine ins(%{{.*}}, %[[OFF]] : tensor<?x2048xbf16>, tensor<65xi32>) via(%[[PAIR]], %[[W]] slots %{{.*}} : tensor<?xi32>, tensor<?x8xf32>) accumulate %{{.*}} outs(%{{.*}} : tensor<?x2048xbf16>) -> tensor<?x2048xbf16>
   %z = moe.combine ins(%r, %off : tensor<?x2048xbf16>, tensor<65xi32>)
       via(%pair, %w slots %k : tensor<?xi32>, tensor<?x8xf32>) accumulate %acc
-      outs(%y : tensor<?x2048xbf16>) #moe.combine -> tensor<?x2048xbf16>
+      outs(%y : tensor<?x2048xbf16>) -> tensor<?x2048xbf16>
   return %z, %w, %e : tensor<?x2048xbf16>, tensor<?x8xf32>, tensor<?x8xi32>
 }
 
 // CHECK-LABEL: func.func @route
 func.func @route(%x: tensor<?x32xf32>, %w0: tensor<?x2xf32>, %e0: tensor<?x2xi32>,
-    %l0: tensor<?x8xf32>, %wg: !moe.weight<1x1x8x32xf32, panel32>)
+    %l0: tensor<?x8xf32>, %wg: !moe.weight<1x1x8x32xf32, panel32>,
+    %b: !moe.weight<1x1x8x1xf32, vector32>, %i: !moe.weight<1x1x32x1xf32, vector32>)
     -> (tensor<?x2xf32>, tensor<?x2xi32>, tensor<?x8xf32>) {
-  // CHECK: moe.router {{.*}} outs(%{{.*}}, %{{.*}}, %{{.*}} : tensor<?x2xf32>, tensor<?x2xi32>, tensor<?x8xf32>)
-  // CHECK-SAME: #moe.router<score = sigmoid, order = select_then_score, top_k = 2, renormalize = clamp_sum, epsilon = 1.0e-20, scale = 2.5, precision = model, logit_transform = <softcap, 30.0>, selection_bias = score, groups = <count = 4, keep = 2, reduce = sum_top2, fill = neg_inf>> compute = bf16
+  // CHECK: moe.router {{.*}} bias(%{{.*}} : !moe.weight<1x1x8x1xf32, vector32>) selection_bias({{.*}}) expert_scale({{.*}}) input_scale(%{{.*}} : !moe.weight<1x1x32x1xf32, vector32>) outs(%{{.*}}, %{{.*}}, %{{.*}} : tensor<?x2xf32>, tensor<?x2xi32>, tensor<?x8xf32>)
+  // CHECK-SAME: #moe.router<score = sigmoid, order = score_then_select, top_k = 2, renormalize = clamp_sum, epsilon = 1.0e-20, scale = 2.5, precision = model, input = rms_norm, logit_transform = <softcap, 30.0>, selection_bias = score, groups = <count = 4, keep = 2, reduce = sum_top2, fill = neg_inf>, input_epsilon = 1.0e-06> compute = bf16
   %w, %e, %l = moe.router ins(%x, %wg : tensor<?x32xf32>, !moe.weight<1x1x8x32xf32, panel32>)
+      bias(%b : !moe.weight<1x1x8x1xf32, vector32>)
+      selection_bias(%b : !moe.weight<1x1x8x1xf32, vector32>)
+      expert_scale(%b : !moe.weight<1x1x8x1xf32, vector32>)
+      input_scale(%i : !moe.weight<1x1x32x1xf32, vector32>)
       outs(%w0, %e0, %l0 : tensor<?x2xf32>, tensor<?x2xi32>, tensor<?x8xf32>)
-      #moe.router<score = sigmoid, order = select_then_score, top_k = 2, renormalize = clamp_sum,
-                  epsilon = 1.0e-20, scale = 2.5, precision = model,
-                  logit_transform = <softcap, 30.0>, selection_bias = score,
+      #moe.router<score = sigmoid, order = score_then_select, top_k = 2, renormalize = clamp_sum,
+                  epsilon = 1.0e-20, scale = 2.5, precision = model, input = rms_norm,
+                  input_epsilon = 1.0e-6, logit_transform = <softcap, 30.0>, selection_bias = score,
                   groups = <count = 4, keep = 2, reduce = sum_top2, fill = neg_inf>>
       compute = bf16 -> tensor<?x2xf32>, tensor<?x2xi32>, tensor<?x8xf32>
   return %w, %e, %l : tensor<?x2xf32>, tensor<?x2xi32>, tensor<?x8xf32>
 }
 
 // CHECK-LABEL: func.func @experts
-func.func @experts(%x: tensor<?x32xf32>, %y: tensor<?x32xf32>, %acc: i1,
-    %w1: !moe.weight<1x2x16x32xf32, panel32>, %w2: !moe.weight<1x1x32x16xf32, panel32>)
+func.func @experts(%x: tensor<?x32xf32>, %y: tensor<?x32xf32>, %acc: i1, %n: index,
+    %w1: !moe.weight<1x2x16x32xf32, panel32>, %w2: !moe.weight<1x1x32x16xf32, panel32>,
+    %b1: !moe.weight<1x2x16x1xf32, vector32>, %b2: !moe.weight<1x1x32x1xf32, vector32>,
+    %gate: tensor<?x1xf32>, %scale: f32, %start: tensor<?x32xf32>)
     -> tensor<?x32xf32> {
-  // CHECK: moe.ffn ins({{.*}}) accumulate %{{.*}} outs(%{{.*}} : tensor<?x32xf32>) #moe.expert<form = glu, activation = gelu_tanh, clamp = <kind = oai, limit = 7.0, alpha = 1.702>, bias = true> -> tensor<?x32xf32>
+  // CHECK: moe.ffn ins({{.*}}) bias({{.*}} : !moe.weight<1x2x16x1xf32, vector32>, !moe.weight<1x1x32x1xf32, vector32>) rows %{{.*}} gate(%{{.*}} : tensor<?x1xf32>) scale %{{.*}} accumulate %{{.*}} from %{{.*}} : tensor<?x32xf32> outs(%{{.*}} : tensor<?x32xf32>) #moe.expert<form = glu, activation = gelu_tanh, clamp = <kind = oai, limit = 7.0, alpha = 1.702>, bias = true> -> tensor<?x32xf32>
   %z = moe.ffn ins(%x, %w1, %w2 : tensor<?x32xf32>, !moe.weight<1x2x16x32xf32, panel32>,
-      !moe.weight<1x1x32x16xf32, panel32>) accumulate %acc outs(%y : tensor<?x32xf32>)
+      !moe.weight<1x1x32x16xf32, panel32>)
+      bias(%b1, %b2 : !moe.weight<1x2x16x1xf32, vector32>, !moe.weight<1x1x32x1xf32, vector32>)
+      rows %n gate(%gate : tensor<?x1xf32>) scale %scale accumulate %acc
+      from %start : tensor<?x32xf32> outs(%y : tensor<?x32xf32>)
       #moe.expert<form = glu, activation = gelu_tanh,
                   clamp = <kind = oai, limit = 7.0, alpha = 1.702>, bias = true>
       -> tensor<?x32xf32>

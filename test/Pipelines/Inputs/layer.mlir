@@ -10,7 +10,7 @@ module {
     %offsets, %pair = moe.dispatch ins(%experts : tensor<?x2xi32>) experts = 5 outs(%1, %2 : tensor<6xi32>, tensor<?xi32>) -> tensor<6xi32>, tensor<?xi32>
     %3 = tensor.empty(%0) : tensor<?x33xbf16>
     %4 = moe.experts ins(%arg0, %offsets, %pair, %arg6, %arg7 : tensor<?x33xbf16>, tensor<6xi32>, tensor<?xi32>, !moe.weight<5x2x7x33xbf16, panel32>, !moe.weight<5x1x33x7xbf16, panel32>) slots %c2 outs(%3 : tensor<?x33xbf16>) #moe.expert<form = glu, activation = silu> -> tensor<?x33xbf16>
-    %5 = moe.combine ins(%4, %offsets : tensor<?x33xbf16>, tensor<6xi32>) via(%pair, %weights slots %c2 : tensor<?xi32>, tensor<?x2xf32>) accumulate %arg4 outs(%arg1 : tensor<?x33xbf16>) #moe.combine -> tensor<?x33xbf16>
+    %5 = moe.combine ins(%4, %offsets : tensor<?x33xbf16>, tensor<6xi32>) via(%pair, %weights slots %c2 : tensor<?xi32>, tensor<?x2xf32>) accumulate %arg4 outs(%arg1 : tensor<?x33xbf16>) -> tensor<?x33xbf16>
     return %5, %weights, %experts : tensor<?x33xbf16>, tensor<?x2xf32>, tensor<?x2xi32>
   }
   func.func @r0(%arg0: tensor<?x33xbf16> {moe.arg = "x"}, %arg1: tensor<?x2xf32> {moe.arg = "weights"}, %arg2: tensor<?x2xi32> {moe.arg = "experts"}, %arg3: tensor<?x5xf32> {moe.arg = "logits"}, %arg4: !moe.weight<1x1x5x33xbf16, panel32> {moe.arg = "weight", moe.weight_index = 0 : i64}) -> (tensor<?x2xf32>, tensor<?x2xi32>, tensor<?x5xf32>) attributes {moe.compute = bf16, moe.entry = "route"} {
@@ -28,7 +28,7 @@ module {
     %offsets, %pair = moe.dispatch ins(%arg3 : tensor<?x?xi32>) experts = 5 outs(%1, %2 : tensor<6xi32>, tensor<?xi32>) -> tensor<6xi32>, tensor<?xi32>
     %3 = tensor.empty(%0) : tensor<?x33xbf16>
     %4 = moe.experts ins(%arg0, %offsets, %pair, %arg5, %arg6 : tensor<?x33xbf16>, tensor<6xi32>, tensor<?xi32>, !moe.weight<5x2x7x33xbf16, panel32>, !moe.weight<5x1x33x7xbf16, panel32>) slots %dim outs(%3 : tensor<?x33xbf16>) #moe.expert<form = glu, activation = silu> -> tensor<?x33xbf16>
-    %5 = moe.combine ins(%4, %offsets : tensor<?x33xbf16>, tensor<6xi32>) via(%pair, %arg2 slots %dim : tensor<?xi32>, tensor<?x?xf32>) accumulate %arg4 outs(%arg1 : tensor<?x33xbf16>) #moe.combine -> tensor<?x33xbf16>
+    %5 = moe.combine ins(%4, %offsets : tensor<?x33xbf16>, tensor<6xi32>) via(%pair, %arg2 slots %dim : tensor<?xi32>, tensor<?x?xf32>) accumulate %arg4 outs(%arg1 : tensor<?x33xbf16>) -> tensor<?x33xbf16>
     return %5 : tensor<?x33xbf16>
   }
   moe.weight @L0.router : !moe.weight<1x1x5x33xbf16, panel32> role "router" from []

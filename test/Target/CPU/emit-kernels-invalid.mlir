@@ -20,10 +20,10 @@ func.func @gaps(%x: memref<?x8xf32, strided<[16, 2]>>, %n: index, %a: memref<?xf
 
 func.func @router(%l: memref<?x64xf32>, %w: memref<?x8xf32>, %e: memref<?x8xi32>, %n: index)
     attributes {moe.target = #moe.target<cpu, level = "x86-64-v4">} {
-  // expected-error @+1 {{expected a router that the CPU target has code for, but got score}}
+  // expected-error @+1 {{expected a router that the CPU target has code for, but got score = sqrt_softplus}}
   moe.select_experts logits(%l : memref<?x64xf32>) experts = 64 range(%n, %n)
       outs(%w, %e : memref<?x8xf32>, memref<?x8xi32>)
-      #moe.router<score = sigmoid, order = score_then_select, top_k = 8>
+      #moe.router<score = sqrt_softplus, order = score_then_select, top_k = 8>
   return
 }
 

@@ -104,7 +104,7 @@ func.func @combine(%n: index, %a: memref<?xf32>, %y: memref<1x?x32xf32>, %pair: 
 // CHECK-LABEL: func @others
 // CHECK:         call @moe_pack_v4_bf16_gather
 // CHECK:         call @moe_pack_v4_f32_round
-// CHECK:         call @moe_select_v4_e64_k8_all_sum_00000000_scale_40200000
+// CHECK:         call @moe_select_v4_e64_k8_softmax_
 // CHECK:         arith.extui %{{.*}} : i1 to i64
 // CHECK:         call @moe_begin_panels_v4_bf16
 // CHECK:         call @moe_end_panels_v4_bf16

@@ -14,10 +14,10 @@ func.func @f0(%x: tensor<?x32xf32> {moe.arg = "x"}, %y: tensor<?x32xf32> {moe.ar
     %w1: !moe.weight<1x2x24x32xf32, panel32> {moe.arg = "weight", moe.weight_index = 0},
     %w2: !moe.weight<1x1x32x24xf32, panel32> {moe.arg = "weight", moe.weight_index = 1})
     -> tensor<?x32xf32> attributes {moe.entry = "forward", moe.compute = f32} {
-  // expected-error @below {{expected an expert that the CPU target implements, but got clamp = pre}}
+  // expected-error @below {{expected an expert that the CPU target implements, but got latent = 16}}
   %z = moe.ffn ins(%x, %w1, %w2 : tensor<?x32xf32>, !moe.weight<1x2x24x32xf32, panel32>,
       !moe.weight<1x1x32x24xf32, panel32>) accumulate %acc outs(%y : tensor<?x32xf32>)
-      #moe.expert<form = glu, activation = silu, clamp = <kind = pre, limit = 7.0>>
+      #moe.expert<form = glu, activation = silu, latent = 16>
       -> tensor<?x32xf32>
   return %z : tensor<?x32xf32>
 }

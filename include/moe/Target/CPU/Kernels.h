@@ -66,7 +66,7 @@ enum class LoadOrder { Automatic, BFirst, AFirst };
 ///   Rows     row-major, f32 or bf16 (rounded to nearest even); the parts of a panel go to
 ///            separate matrices `part_bytes` apart unless a region merges them.
 ///   Combine  each row is rounded to the compute type and added to its token's row of a panel
-///            scratch: Y[pair/k] = fma(w[pair], row, Y[pair/k]).
+///            scratch: Y[pair/k] = fma(w, row, Y[pair/k]).
 enum class KernelForm { Blocked, Rows, Combine };
 
 /// Everything that decides the code of one GEMM kernel.
@@ -88,8 +88,14 @@ struct GemmKernelSpec {
   /// 1, or 2 for gate and up in one panel.
   int64_t parts = 1;
   KernelForm form = KernelForm::Rows;
-  /// Combine: rows go to their pair's token with its weight. False: row r is token r, weight 1.
+  /// Combine: rows go to their pair's token. False: row r is token r.
   bool indexed = true;
+  /// Combine: rows have weights, by pair or, without pairs, by row. False: weight 1.
+  bool weighted = true;
+  /// Combine: weights are multiplied by an argument before they are used.
+  bool scaled = false;
+  /// A bias is added to the products before the region, the rounding and the weight.
+  bool bias = false;
   /// Rows, Blocked: the stored type. Combine: the type a row is rounded to. False is f32.
   bool bf16Result = false;
   /// Optional: one block of `parts` f32 arguments that yields one f32. Blocked and Rows only.
@@ -128,21 +134,24 @@ struct GemmKernelSpec {
 
 /// Emits the kernel of `spec` at the builder's insertion point (a module body) under
 /// spec.getName(). Arguments:
-///   (ptr a, ptr b, i64 groups, i64 panel_bytes, ptr out, form...)
+///   (ptr a, ptr b, i64 groups, i64 panel_bytes, ptr out, [i64 rows,] [ptr bias,] form...)
 ///     a            rows16 block of spec.rows rows; rows32 for DotBF16 and TileBF16
+///     bias         vector32 of the first panel: 32 floats a panel, lanes as in b
 ///     b            first panel; the others follow `panel_bytes` apart
 ///     groups       columns of a in groups: ceil(K/16); for DotBF16 and TileBF16 ceil(K/32)
-///   TileBF16 has i64 rows before form...: rows of the block, 1 to spec.rows; it runs between the
-///   two functions of emitTileFrame Blocked: out = the block's address of the first panel's
-///   columns, i64 columns = real output
+///     rows         TileBF16 alone: rows of the block, 1 to spec.rows. Such a kernel runs between
+///     the
+///                  two functions of emitTileFrame
+///   Blocked: out = the block's address of the first panel's columns, i64 columns = real output
 ///            columns from there on (may be larger than the tile); with a bf16 result of one panel
 ///            of 16 columns, i64 fill: not 0 if the other half of the group, after this one, is to
 ///            be zeroed, because it has no panel
 ///   Rows:    out, i64 row_bytes, i64 part_bytes, i64 columns = real columns of a part from there
 ///            on; no others are written
-///   Combine: out = scratch f32 [panels][tokens][32], i64 scratch_bytes from panel to panel, and if
-///            indexed ptr pair (i32, of the first row), ptr w (f32, by pair), i64 k; otherwise out
-///            is the scratch row of the first row
+///   Combine: out = scratch f32 [panels][tokens][32], i64 scratch_bytes from panel to panel; if
+///            indexed ptr pair (i32, of the first row), otherwise out is the scratch row of the
+///            first row; if weighted ptr w (f32, by pair or of the first row); if indexed i64 k; if
+///            scaled f32
 /// No pointer needs more than element alignment.
 FailureOr<func::FuncOp> emitGemmKernel(OpBuilder &b, Location loc, const GemmKernelSpec &spec);
 
@@ -161,12 +170,21 @@ struct PackKernelSpec {
   bool bf16Block = false;
   /// Rows are taken through pair[i] / k.
   bool gather = false;
+  /// With gather: rows are multiplied by w[pair[i]] and rounded again.
+  bool weighted = false;
   std::string getName() const;
 };
 
-/// Arguments: (ptr x, i64 row_bytes, [ptr pair, i64 k,] i64 rows, i64 columns, ptr out).
+/// Arguments: (ptr x, i64 row_bytes, [ptr pair, i64 k, [ptr w,]] i64 rows, i64 columns, ptr out).
 /// Row i is x row i, or pair[i] / k (pair points at the first row's entry).
 func::FuncOp emitPackKernel(OpBuilder &b, Location loc, const PackKernelSpec &spec);
+
+/// The function that normalises rows of a rows16 block in place, as moe.normalize_rows says.
+/// Arguments: (ptr block, i64 rows, ptr scale); `columns` of a row are real.
+func::FuncOp emitNormalizeKernel(OpBuilder &b, Location loc, KernelLevel level, int64_t columns,
+                                 float epsilon);
+/// Its name.
+std::string getNormalizeKernelName(KernelLevel level, int64_t columns, float epsilon);
 
 /// Spec of the functions that open and close a panel scratch f32 [panels][tokens][32].
 struct PanelKernelSpec {
@@ -185,23 +203,24 @@ func::FuncOp emitPanelKernel(OpBuilder &b, Location loc, const PanelKernelSpec &
 /// Spec of the function that turns rows of router logits into expert ids and weights.
 struct SelectKernelSpec {
   KernelLevel level = KernelLevel::V4;
-  int64_t experts = 1, topK = 1;
-  /// Softmax over all experts and then select, or select and softmax over the chosen.
-  bool scoreFirst = true;
-  /// Divide by (sum of the chosen + epsilon).
-  bool renormalize = false;
-  float epsilon = 0.0f;
-  float scale = 1.0f;
+  int64_t experts = 1;
+  /// What is computed, but for the vectors; attributes without code are refused before.
+  RouterAttr router;
+  /// expert_scale is an argument.
+  bool expertScale = false;
   /// Also copy the logits.
   bool copyLogits = false;
+  bool hasSelectionBias() const;
   std::string getName() const;
 };
 
 /// Arguments: (ptr logits f32, i64 row_bytes, i64 tokens, ptr weights f32 [tokens][topK],
-/// ptr ids i32 [tokens][topK] [, ptr logits_out f32, i64 logits_out_bytes]).
-/// Ids descend by logit (softmax is increasing, so this is the order of exact scores), equal logits
-/// by ascending id; NaN counts as the largest, so that it reaches the weights. Ids are always
-/// distinct and in range.
+/// ptr ids i32 [tokens][topK] [, ptr selection_bias] [, ptr expert_scale]
+/// [, ptr logits_out f32, i64 logits_out_bytes]). The vectors are padded to whole vectors.
+/// The logits are scratch: they may be overwritten.
+/// Where neither a selection bias nor groups decide, ids descend by logit (every score function is
+/// increasing, so this is the order of exact scores), equal logits by ascending id; NaN counts as
+/// the largest, so that it reaches the weights. Ids are always distinct and in range.
 func::FuncOp emitSelectKernel(OpBuilder &b, Location loc, const SelectKernelSpec &spec);
 
 } // namespace moe

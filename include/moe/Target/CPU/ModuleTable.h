@@ -79,7 +79,7 @@ struct LayerEntry {
 struct CodeTable {
   std::string name;    ///< C identifier, beginning of the exported symbol
   std::string version; ///< moec's version
-  uint32_t abi = 0x00010000u;
+  uint32_t abi = 0x00010001u;
   std::vector<LayerCode> codes;
   std::vector<LayerEntry> layers;
 

@@ -76,9 +76,13 @@ Type FormatAttr::getStorageType() const {
 }
 Type FormatAttr::getRegisterType() const { return Float32Type::get(getContext()); }
 
-StringRef LayoutAttr::getLayoutName() const { return "panel32-1"; }
+StringRef LayoutAttr::getLayoutName() const {
+  return getValue() == PanelLayout::Panel32 ? "panel32-1" : "vector32-1";
+}
 int64_t LayoutAttr::getPanelWidth() const { return 32; }
-int64_t LayoutAttr::getReductionMultiple() const { return 32; }
+int64_t LayoutAttr::getReductionMultiple() const {
+  return getValue() == PanelLayout::Panel32 ? 32 : 1;
+}
 
 //===----------------------------------------------------------------------===//
 // Router
@@ -94,10 +98,11 @@ LogicalResult GroupsAttr::verify(function_ref<InFlightDiagnostic()> emitError, i
 }
 
 LogicalResult RouterAttr::verify(function_ref<InFlightDiagnostic()> emitError, ScoreFunction,
-                                 RouterOrder, int64_t topK, Renormalize renormalize, Real epsilon,
-                                 Real normP, Real scale, RouterPrecision, RouterInput,
-                                 LogitTransformAttr logitTransform, Selection, SelectionBias,
-                                 GroupsAttr, int64_t extraRows) {
+                                 RouterOrder order, int64_t topK, Renormalize renormalize,
+                                 Real epsilon, Real normP, Real scale, RouterPrecision, RouterInput,
+                                 LogitTransformAttr logitTransform, Selection select,
+                                 SelectionBias bias, GroupsAttr, int64_t extraRows,
+                                 Real inputEpsilon, Real jitter) {
   if (topK < 1)
     return emitError() << "expected top_k to be positive, but got " << topK;
   if (!(epsilon >= 0.0) || epsilon.value == HUGE_VAL)
@@ -112,48 +117,60 @@ LogicalResult RouterAttr::verify(function_ref<InFlightDiagnostic()> emitError, S
                        << logitTransform.getValue().value;
   if (extraRows < 0)
     return emitError() << "expected extra_rows to be at least 0, but got " << extraRows;
+  std::pair<StringRef, double> thresholds[] = {{"input_epsilon", inputEpsilon}, {"jitter", jitter}};
+  for (auto [name, value] : thresholds)
+    if (!(value >= 0.0) || value == HUGE_VAL)
+      return emitError() << "expected " << name << " to be finite and not negative, but got "
+                         << value;
+  if (bias == SelectionBias::Score && order != RouterOrder::ScoreThenSelect)
+    return emitError() << "expected order = score_then_select with selection_bias = score, but got "
+                       << stringifyRouterOrder(order);
+  if (select == Selection::SparseMixer && topK != 2)
+    return emitError() << "expected top_k = 2 with select = sparse_mixer, but got " << topK;
   return success();
 }
 
 std::string RouterAttr::getUnimplemented() const {
   std::string text;
   llvm::raw_string_ostream os(text);
-  if (getScore() == ScoreFunction::Sigmoid || getScore() == ScoreFunction::SqrtSoftplus)
+  double p = getNormP();
+  if (getScore() == ScoreFunction::SqrtSoftplus)
     os << "score = " << stringifyScoreFunction(getScore());
-  else if (getRenormalize() != Renormalize::None && getRenormalize() != Renormalize::Sum)
+  else if (getRenormalize() == Renormalize::JointShared)
     os << "renormalize = " << stringifyRenormalize(getRenormalize());
+  else if (getRenormalize() == Renormalize::LpNorm && p != 1.0 && p != 2.0)
+    os << "norm_p = " << p;
   else if (getPrecision() != RouterPrecision::F32)
     os << "precision = " << stringifyRouterPrecision(getPrecision());
-  else if (getInput() != RouterInput::Plain)
+  else if (getInput() == RouterInput::Mlp)
     os << "input = " << stringifyRouterInput(getInput());
-  else if (getLogitTransform())
-    os << "logit_transform = " << stringifyLogitTransformKind(getLogitTransform().getKind());
-  else if (getSelect() != Selection::TopK)
+  else if (getSelect() != Selection::TopK && getSelect() != Selection::SparseMixer)
     os << "select = " << stringifySelection(getSelect());
-  else if (getSelectionBias() != SelectionBias::None)
-    os << "selection_bias = " << stringifySelectionBias(getSelectionBias());
-  else if (getGroups())
-    os << "groups = " << getGroups().getCount();
   else if (getExtraRows())
     os << "extra_rows = " << getExtraRows();
   return text;
 }
 
 //===----------------------------------------------------------------------===//
-// Experts and combine
+// Experts
 //===----------------------------------------------------------------------===//
 
-LogicalResult ClampAttr::verify(function_ref<InFlightDiagnostic()> emitError, ClampKind, Real limit,
-                                Real alpha) {
+LogicalResult ClampAttr::verify(function_ref<InFlightDiagnostic()> emitError, ClampKind kind,
+                                Real limit, Real alpha, Real upLimit) {
   if (!(limit > 0.0))
     return emitError() << "expected limit to be positive, but got " << limit.value;
   if (!std::isfinite(alpha.value))
     return emitError() << "expected alpha to be finite, but got " << alpha.value;
+  if ((kind == ClampKind::Tanh) != (upLimit > 0.0) || upLimit < 0.0)
+    return emitError() << "expected a positive up_limit with kind = tanh, and only there, but got "
+                       << upLimit.value;
   return success();
 }
 
-LogicalResult ExpertAttr::verify(function_ref<InFlightDiagnostic()> emitError, ExpertForm,
-                                 Activation, ClampAttr, bool, bool, int64_t latent) {
+LogicalResult ExpertAttr::verify(function_ref<InFlightDiagnostic()> emitError, ExpertForm form,
+                                 Activation, ClampAttr clamp, bool, bool, int64_t latent) {
+  if (clamp && form != ExpertForm::Glu)
+    return emitError() << "expected form = glu with a clamp, but got " << stringifyExpertForm(form);
   if (latent < 0)
     return emitError() << "expected latent to be at least 0, but got " << latent;
   return success();
@@ -162,38 +179,10 @@ LogicalResult ExpertAttr::verify(function_ref<InFlightDiagnostic()> emitError, E
 std::string ExpertAttr::getUnimplemented() const {
   std::string text;
   llvm::raw_string_ostream os(text);
-  if (getClamp())
-    os << "clamp = " << stringifyClampKind(getClamp().getKind());
-  else if (getBias())
-    os << "bias = true";
-  else if (getNorm())
+  if (getNorm())
     os << "norm = true";
   else if (getLatent())
     os << "latent = " << getLatent();
-  else if (getForm() != ExpertForm::Glu)
-    os << "form = " << stringifyExpertForm(getForm());
-  else if (getActivation() == Activation::Relu2)
-    os << "activation = " << stringifyActivation(getActivation());
-  return text;
-}
-
-std::string CombineAttr::getUnimplemented() const {
-  std::string text;
-  llvm::raw_string_ostream os(text);
-  if (getApply() != CombineApply::Output)
-    os << "apply = " << stringifyCombineApply(getApply());
-  else if (getSumScale().value != 1.0)
-    os << "sum_scale = " << getSumScale().value;
-  else if (getSharedWidth())
-    os << "shared_width = " << getSharedWidth();
-  else if (getSharedGate() != SharedGate::None)
-    os << "shared_gate = " << stringifySharedGate(getSharedGate());
-  else if (getJoin() != CombineJoin::Add)
-    os << "join = " << stringifyCombineJoin(getJoin());
-  else if (getNorm())
-    os << "norm = true";
-  else if (getBias())
-    os << "bias = true";
   return text;
 }
 

@@ -19,7 +19,7 @@ using namespace mlir::moe;
 
 /// The simplest router with the same choice and, but for rounding, the same weights. Equal routers
 /// of different models become equal attributes, so their layers share code.
-static RouterAttr simplify(RouterAttr router) {
+static RouterAttr simplify(RouterAttr router, int64_t experts) {
   Renormalize renormalize = router.getRenormalize();
   Real epsilon = router.getEpsilon(), normP = router.getNormP();
   RouterOrder order = router.getOrder();
@@ -28,6 +28,13 @@ static RouterAttr simplify(RouterAttr router) {
   // All groups are kept.
   if (groups && groups.getKeep() == groups.getCount())
     groups = GroupsAttr();
+  // As long as a score is positive, a group without it cannot win with 0 rather than −∞; but a
+  // selection bias may make a score negative, so `fill` stays as it is then.
+  if (groups && groups.getFill() == GroupFill::Zero &&
+      router.getSelectionBias() == SelectionBias::None &&
+      experts / groups.getCount() * groups.getKeep() >= router.getTopK())
+    groups = GroupsAttr::get(router.getContext(), groups.getCount(), groups.getKeep(),
+                             groups.getReduce(), GroupFill::NegInf);
   // Scores are never negative, so the norm with p = 1 is the sum.
   if (renormalize == Renormalize::LpNorm && normP.value == 1.0) {
     renormalize = Renormalize::Sum;
@@ -51,14 +58,15 @@ static RouterAttr simplify(RouterAttr router) {
   return RouterAttr::get(router.getContext(), router.getScore(), order, router.getTopK(),
                          renormalize, epsilon, normP, router.getScale(), router.getPrecision(),
                          router.getInput(), router.getLogitTransform(), router.getSelect(),
-                         router.getSelectionBias(), groups, router.getExtraRows());
+                         router.getSelectionBias(), groups, router.getExtraRows(),
+                         router.getInputEpsilon(), router.getJitter());
 }
 
 template <typename OpTy> static LogicalResult simplifyRouter(OpTy op, PatternRewriter &rewriter) {
   // `precision = model` promises the model's own rounding.
   if (op.getRouter().getPrecision() == RouterPrecision::Model)
     return rewriter.notifyMatchFailure(op, "the model's rounding is asked for");
-  RouterAttr router = simplify(op.getRouter());
+  RouterAttr router = simplify(op.getRouter(), op.getNumExperts());
   if (router == op.getRouter())
     return rewriter.notifyMatchFailure(op, "the router is in its simplest form");
   rewriter.modifyOpInPlace(op, [&] { op.setRouterAttr(router); });
@@ -77,22 +85,29 @@ LogicalResult RouteDispatchOp::canonicalize(RouteDispatchOp op, PatternRewriter 
 // Accumulation
 //===----------------------------------------------------------------------===//
 
-/// `accumulate %false` is no accumulate: the old content of the result is not read.
-template <typename OpTy> static LogicalResult dropAccumulate(OpTy op, PatternRewriter &rewriter) {
+/// `accumulate %false` is no accumulate: nothing is read. `scale %one` is no scale.
+template <typename OpTy> static LogicalResult simplifySum(OpTy op, PatternRewriter &rewriter) {
+  if (op.getScale() && matchPattern(op.getScale(), m_OneFloat())) {
+    rewriter.modifyOpInPlace(op, [&] { op.getScaleMutable().clear(); });
+    return success();
+  }
   if (!op.getAccumulate() || !matchPattern(op.getAccumulate(), m_Zero()))
-    return rewriter.notifyMatchFailure(op, "accumulate is not constant false");
-  rewriter.modifyOpInPlace(op, [&] { op.getAccumulateMutable().clear(); });
+    return rewriter.notifyMatchFailure(op, "accumulate is not constant false, scale not one");
+  rewriter.modifyOpInPlace(op, [&] {
+    op.getAccumulateMutable().clear();
+    op.getStartMutable().clear();
+  });
   return success();
 }
 
 LogicalResult CombineOp::canonicalize(CombineOp op, PatternRewriter &rewriter) {
-  return dropAccumulate(op, rewriter);
+  return simplifySum(op, rewriter);
 }
 
 LogicalResult FfnOp::canonicalize(FfnOp op, PatternRewriter &rewriter) {
-  return dropAccumulate(op, rewriter);
+  return simplifySum(op, rewriter);
 }
 
 LogicalResult GroupedMatmulOp::canonicalize(GroupedMatmulOp op, PatternRewriter &rewriter) {
-  return dropAccumulate(op, rewriter);
+  return simplifySum(op, rewriter);
 }

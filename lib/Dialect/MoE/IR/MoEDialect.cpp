@@ -70,13 +70,14 @@ LogicalResult MoEDialect::verifyRegionArgAttribute(Operation *op, unsigned regio
   StringRef name = attribute.getName();
   auto where = [&] { return op->emitError() << "argument " << argIndex << ": "; };
   if (name == kArgAttrName) {
-    static constexpr StringLiteral kRoles[] = {"x",      "y",          "weights", "experts",
-                                               "logits", "accumulate", "weight",  "offsets",
-                                               "lanes",  "workspace",  "tokens",  "slots"};
+    static constexpr StringLiteral kRoles[] = {
+        "x",           "router_x", "y",       "weights", "experts",   "logits", "accumulate",
+        "routed_only", "weight",   "offsets", "lanes",   "workspace", "tokens", "slots"};
     auto role = dyn_cast<StringAttr>(attribute.getValue());
     if (!role || !llvm::is_contained(kRoles, role.getValue()))
-      return where() << "expected 'moe.arg' to be one of x, y, weights, experts, logits, "
-                        "accumulate, weight, offsets, lanes, workspace, tokens, slots, but got "
+      return where() << "expected 'moe.arg' to be one of x, router_x, y, weights, experts, "
+                        "logits, accumulate, routed_only, weight, offsets, lanes, workspace, "
+                        "tokens, slots, but got "
                      << attribute.getValue();
     return success();
   }

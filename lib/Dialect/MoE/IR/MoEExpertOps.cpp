@@ -18,7 +18,27 @@ using namespace mlir::moe::opimpl;
 // Import level
 //===----------------------------------------------------------------------===//
 
-/// (C1)–(C4) of moe.experts: the weights of an expert against x and the width of the result.
+/// A bias of the experts, parts and rows of its weight; null is fine.
+static LogicalResult verifyBias(Operation *op, Value bias, WeightType weight) {
+  if (!bias)
+    return success();
+  WeightType type = getWeightType(bias);
+  if (type.getExperts() == weight.getExperts() && type.getParts() == weight.getParts() &&
+      type.getRows() == weight.getRows())
+    return success();
+  return op->emitOpError() << "expected a bias of " << weight.getExperts() << "x"
+                           << weight.getParts() << "x" << weight.getRows() << "x1, but got "
+                           << type.getExperts() << "x" << type.getParts() << "x" << type.getRows()
+                           << "x1";
+}
+
+LogicalResult opimpl::verifyRowWeights(Operation *op, Value rowWeights, Value x) {
+  if (!rowWeights)
+    return success();
+  return verifySameDim(op, rowWeights, 0, x, 0, "tokens T of row_weights");
+}
+
+/// (C1)–(C4), (C6) of moe.experts: the weights of an expert against x and the width of the result.
 template <typename OpTy> static LogicalResult verifyExpertWeights(OpTy op) {
   if (failed(verifyOneSemantics(op)))
     return failure();
@@ -47,12 +67,34 @@ template <typename OpTy> static LogicalResult verifyExpertWeights(OpTy op) {
   if (down.getExperts() != up.getExperts())
     return op.emitOpError() << "expected a second weight of E = " << up.getExperts()
                             << " experts, but got " << down.getExperts();
+  // experts_c6
+  for (auto [bias, weight] : {std::pair(op.getUpBias(), up), std::pair(op.getDownBias(), down)}) {
+    if (bool(bias) != expert.getBias())
+      return op.emitOpError() << "expected biases exactly with bias = true, but got "
+                              << (bias ? "some" : "none");
+    if (failed(verifyBias(op, bias, weight)))
+      return failure();
+  }
   return success();
 }
 
+/// Adds the operands that there are, in order, and says so in the segments.
+template <typename OpTy>
+static void addOperands(OperationState &state, std::initializer_list<Value> operands) {
+  auto &sizes = state.getOrAddProperties<typename OpTy::Properties>().operandSegmentSizes;
+  assert(operands.size() == sizes.size() && "one value or null for each operand");
+  for (auto [size, operand] : llvm::zip_equal(sizes, operands)) {
+    size = operand ? 1 : 0;
+    if (operand)
+      state.addOperands(operand);
+  }
+}
+
 void ExpertsOp::build(OpBuilder &, OperationState &state, Value x, Value offsets, Value pair,
-                      Value up, Value down, Value slots, Value out, ExpertAttr expert) {
-  state.addOperands({x, offsets, pair, up, down, slots, out});
+                      Value up, Value down, Value slots, Value upBias, Value downBias,
+                      Value rowWeights, Value out, ExpertAttr expert) {
+  addOperands<ExpertsOp>(state,
+                         {x, offsets, pair, up, down, slots, upBias, downBias, rowWeights, out});
   addResultTypes(state, out);
   state.getOrAddProperties<Properties>().expert = expert;
 }
@@ -64,6 +106,9 @@ LogicalResult ExpertsOp::verify() {
   if (failed(verifyDim(*this, getOffsets(), 0, getWeightType(getUp()).getExperts() + 1,
                        "elements E + 1 of offsets")))
     return failure();
+  // experts_c7
+  if (failed(verifyRowWeights(*this, getRowWeights(), getX())))
+    return failure();
   // experts_c5
   return verifySameDim(*this, getOut(), 0, getPair(), 0, "rows N of the result");
 }
@@ -74,22 +119,9 @@ LogicalResult ExpertsOp::reifyResultShapes(OpBuilder &builder,
   return reifyFromOuts(*this, builder, shapes);
 }
 
-static SmallVector<int32_t> segments(std::initializer_list<Value> values) {
-  return llvm::to_vector(
-      llvm::map_range(values, [](Value value) -> int32_t { return value ? 1 : 0; }));
-}
-
-void CombineOp::build(OpBuilder &, OperationState &state, Value rows, Value offsets, Value pair,
-                      Value weights, Value slots, Value accumulate, Value out,
-                      CombineAttr combine) {
-  std::initializer_list<Value> operands = {rows, offsets, pair, weights, slots, accumulate, out};
-  for (Value operand : operands)
-    if (operand)
-      state.addOperands(operand);
+void CombineOp::build(OpBuilder &, OperationState &state, Value rows, Value offsets, Value out) {
+  addOperands<CombineOp>(state, {rows, offsets, {}, {}, {}, {}, {}, {}, {}, out});
   addResultTypes(state, out);
-  Properties &properties = state.getOrAddProperties<Properties>();
-  llvm::copy(segments(operands), properties.operandSegmentSizes.begin());
-  properties.combine = combine;
 }
 
 /// pair, weights and slots come together; weights are [T, k].
@@ -98,6 +130,28 @@ static LogicalResult verifyPairs(Operation *op, Value pair, Value weights, Value
     return op->emitOpError("expected pair, weights and slots together, but got some of them");
   if (weights && failed(verifySameDim(op, weights, 0, out, 0, "tokens T of the weights")))
     return failure();
+  return success();
+}
+
+/// (C5), (C6) of moe.combine, which moe.ffn and moe.grouped_matmul share.
+template <typename OpTy> static LogicalResult verifySum(OpTy op, Value pair, bool unweighted) {
+  if (Value gate = op.getGate()) {
+    if (pair)
+      return op.emitOpError("expected gate without pairs, but got both");
+    if (failed(verifySameDim(op, gate, 0, op.getOut(), 0, "tokens T of gate")) ||
+        failed(verifyDim(op, gate, 1, 1, "width of gate")))
+      return failure();
+  }
+  if (unweighted && !pair)
+    return op.emitOpError("expected unweighted with pairs only, but got no pairs");
+  if (Value start = op.getStart()) {
+    if (!op.getAccumulate())
+      return op.emitOpError("expected accumulate with from, but got from alone");
+    for (int64_t dim : {0, 1})
+      if (failed(verifySameDim(op, start, dim, op.getOut(), dim,
+                               dim ? "width H of from" : "tokens T of from")))
+        return failure();
+  }
   return success();
 }
 
@@ -118,23 +172,19 @@ LogicalResult CombineOp::verify() {
   int64_t offsets = getDim(getOffsets(), 0);
   if (!ShapedType::isDynamic(offsets) && offsets < 2)
     return emitOpError() << "expected offsets of at least 2 elements, but got " << offsets;
-  return success();
+  // combine_c5, combine_c6
+  return verifySum(*this, getPair(), getUnweighted());
 }
 
-void CombineOp::getEffects(Effects &effects) {
-  getDpsEffects(*this, bool(getAccumulate()), effects);
-}
+void CombineOp::getEffects(Effects &effects) { getDpsEffects(*this, readsOut(), effects); }
 LogicalResult CombineOp::reifyResultShapes(OpBuilder &builder,
                                            ReifiedRankedShapedTypeDims &shapes) {
   return reifyFromOuts(*this, builder, shapes);
 }
 
-void FfnOp::build(OpBuilder &, OperationState &state, Value x, Value up, Value down,
-                  Value accumulate, Value out, ExpertAttr expert) {
-  state.addOperands({x, up, down});
-  if (accumulate)
-    state.addOperands(accumulate);
-  state.addOperands(out);
+void FfnOp::build(OpBuilder &, OperationState &state, Value x, Value up, Value down, Value out,
+                  ExpertAttr expert) {
+  addOperands<FfnOp>(state, {x, up, down, {}, {}, {}, {}, {}, {}, {}, out});
   addResultTypes(state, out);
   state.getOrAddProperties<Properties>().expert = expert;
 }
@@ -146,10 +196,13 @@ LogicalResult FfnOp::verify() {
   if (getWeightType(getUp()).getExperts() != 1)
     return emitOpError() << "expected weights of 1 expert, but got "
                          << getWeightType(getUp()).getExperts();
+  // ffn_c5
+  if (failed(verifySum(*this, /*pair=*/Value(), /*unweighted=*/false)))
+    return failure();
   return verifySameDim(*this, getOut(), 0, getX(), 0, "tokens T of the result");
 }
 
-void FfnOp::getEffects(Effects &effects) { getDpsEffects(*this, bool(getAccumulate()), effects); }
+void FfnOp::getEffects(Effects &effects) { getDpsEffects(*this, readsOut(), effects); }
 LogicalResult FfnOp::reifyResultShapes(OpBuilder &builder, ReifiedRankedShapedTypeDims &shapes) {
   return reifyFromOuts(*this, builder, shapes);
 }
@@ -159,8 +212,11 @@ LogicalResult FfnOp::reifyResultShapes(OpBuilder &builder, ReifiedRankedShapedTy
 //===----------------------------------------------------------------------===//
 
 void GatherOp::build(OpBuilder &, OperationState &state, Value x, Value offsets, Value pair,
-                     Value slots, Value out) {
-  state.addOperands({x, offsets, pair, slots, out});
+                     Value slots, Value rowWeights, Value out) {
+  state.addOperands({x, offsets, pair, slots});
+  if (rowWeights)
+    state.addOperands(rowWeights);
+  state.addOperands(out);
   addResultTypes(state, out);
 }
 
@@ -169,6 +225,9 @@ LogicalResult GatherOp::verify() {
     return failure();
   // gather_c1
   if (failed(verifySameDim(*this, getOut(), 1, getX(), 1, "width H of the result")))
+    return failure();
+  // gather_c3
+  if (failed(verifyRowWeights(*this, getRowWeights(), getX())))
     return failure();
   // gather_c2
   return verifySameDim(*this, getOut(), 0, getPair(), 0, "rows N of the result");
@@ -181,11 +240,22 @@ LogicalResult GatherOp::reifyResultShapes(OpBuilder &builder, ReifiedRankedShape
 
 void GroupedMatmulOp::build(OpBuilder &, OperationState &state, Value rows, Value offsets,
                             Value weight, Value out) {
-  state.addOperands({rows, offsets, weight, out});
+  addOperands<GroupedMatmulOp>(
+      state, {rows, {}, {}, {}, offsets, weight, {}, {}, {}, {}, {}, {}, {}, {}, out});
   addResultTypes(state, out);
-  llvm::copy(ArrayRef<int32_t>{1, 0, 0, 1, 1, 0, 0, 0, 0, 1},
-             state.getOrAddProperties<Properties>().operandSegmentSizes.begin());
   state.addRegion();
+}
+
+void GroupedMatmulOp::copyRowClauses(GroupedMatmulOp from) {
+  if (from.hasVia()) {
+    getViaPairMutable().assign(from.getViaPair());
+    getViaSlotsMutable().assign(from.getViaSlots());
+  }
+  if (from.getRowWeights())
+    getRowWeightsMutable().assign(from.getRowWeights());
+  if (from.getBias())
+    getBiasMutable().assign(from.getBias());
+  setRowTypeAttr(from.getRowTypeAttr());
 }
 
 WeightType GroupedMatmulOp::getWeightType() { return cast<WeightType>(getWeight().getType()); }
@@ -216,10 +286,21 @@ LogicalResult GroupedMatmulOp::verify() {
     if (failed(
             verifyPairs(*this, getCombinePair(), getCombineWeights(), getCombineSlots(), getOut())))
       return failure();
-  } else if (getCombinePair() || getCombineWeights() || getCombineSlots() || getAccumulate()) {
+    if (failed(verifySum(*this, getCombinePair(), getUnweighted())))
+      return failure();
+  } else if (getCombinePair() || getCombineWeights() || getCombineSlots() || getGate() ||
+             getScale() || getUnweighted() || getAccumulate() || getStart()) {
     // grouped_matmul_c7
     return emitOpError("expected pairs, weights and accumulate with combine only");
   }
+  // grouped_matmul_c9
+  if (failed(verifyBias(*this, getBias(), weight)))
+    return failure();
+  // grouped_matmul_c10
+  if (getRowWeights() && !getViaPair())
+    return emitOpError("expected via with row_weights, but got row_weights alone");
+  if (failed(verifyRowWeights(*this, getRowWeights(), getRows())))
+    return failure();
   // grouped_matmul_c5
   int64_t rank = hasParts ? 3 : 2;
   if (getRank(getOut()) != rank)
@@ -242,9 +323,7 @@ LogicalResult GroupedMatmulOp::verify() {
   return success();
 }
 
-void GroupedMatmulOp::getEffects(Effects &effects) {
-  getDpsEffects(*this, bool(getAccumulate()), effects);
-}
+void GroupedMatmulOp::getEffects(Effects &effects) { getDpsEffects(*this, readsOut(), effects); }
 LogicalResult GroupedMatmulOp::reifyResultShapes(OpBuilder &builder,
                                                  ReifiedRankedShapedTypeDims &shapes) {
   return reifyFromOuts(*this, builder, shapes);
@@ -301,10 +380,14 @@ struct Formula {
   Value exp(Value a) { return math::ExpOp::create(builder, loc, a); }
   Value tanh(Value a) { return math::TanhOp::create(builder, loc, a); }
   Value erf(Value a) { return math::ErfOp::create(builder, loc, a); }
-  // arith.maximumf keeps NaN, as torch's relu does.
+  // arith.maximumf and minimumf keep NaN, as torch's relu and clamp do.
   Value max(Value a, Value b) { return arith::MaximumFOp::create(builder, loc, a, b); }
+  Value min(Value a, Value b) { return arith::MinimumFOp::create(builder, loc, a, b); }
+  Value clamp(Value v, double limit) { return max(min(v, constant(limit)), constant(-limit)); }
+  Value softcap(Value v, double c) { return mul(constant(c), tanh(div(v, constant(c)))); }
 
   /// v / (1 + exp(−v)): −∞ gives −0·…, large negative v gives −0, never NaN but for ±NaN and −∞.
+  Value sigmoid(Value v) { return div(constant(1.0), add(constant(1.0), exp(neg(v)))); }
   Value silu(Value v) { return div(v, add(constant(1.0), exp(neg(v)))); }
   Value gelu(Value v) {
     Value inner = erf(mul(v, constant(0.70710678118654752)));
@@ -332,19 +415,49 @@ struct Formula {
     }
     llvm_unreachable("unknown activation");
   }
+  Value glu(ExpertAttr expert, Value gate, Value up) {
+    ClampAttr limits = expert.getClamp();
+    if (!limits)
+      return mul(activation(expert.getActivation(), gate), up);
+    double limit = limits.getLimit(), alpha = limits.getAlpha();
+    switch (limits.getKind()) {
+    case ClampKind::Pre:
+      return mul(activation(expert.getActivation(), min(gate, constant(limit))), clamp(up, limit));
+    case ClampKind::Oai: {
+      gate = min(gate, constant(limit));
+      up = add(clamp(up, limit), constant(1.0));
+      // gate · σ(alpha · gate), as one quotient.
+      Value power = exp(neg(mul(constant(alpha), gate)));
+      return mul(up, div(gate, add(constant(1.0), power)));
+    }
+    case ClampKind::Post:
+      return mul(min(activation(expert.getActivation(), gate), constant(limit)), clamp(up, limit));
+    case ClampKind::Tanh:
+      return mul(mul(softcap(gate, limit), sigmoid(gate)), softcap(up, limits.getUpLimit()));
+    }
+    llvm_unreachable("unknown clamp");
+  }
 };
 } // namespace
 
 void moe::buildExpertEpilogue(OpBuilder &builder, Location loc, Region &region, ExpertAttr expert) {
-  assert(!expert.getClamp() && "clamps have no scalar formula yet");
   OpBuilder::InsertionGuard guard(builder);
   Type f32 = builder.getF32Type();
   SmallVector<Type> types(expert.getParts(), f32);
   SmallVector<Location> locs(types.size(), loc);
   Block *block = builder.createBlock(&region, region.end(), types, locs);
   Formula f{builder, loc};
-  Value result = f.activation(expert.getActivation(), block->getArgument(0));
+  Value result;
   if (expert.getForm() == ExpertForm::Glu)
-    result = f.mul(result, block->getArgument(1));
+    result = f.glu(expert, block->getArgument(0), block->getArgument(1));
+  else
+    result = f.activation(expert.getActivation(), block->getArgument(0));
   YieldOp::create(builder, loc, result);
+}
+
+void moe::buildSigmoid(OpBuilder &builder, Location loc, Region &region) {
+  OpBuilder::InsertionGuard guard(builder);
+  Block *block = builder.createBlock(&region, region.end(), {builder.getF32Type()}, {loc});
+  Formula f{builder, loc};
+  YieldOp::create(builder, loc, f.sigmoid(block->getArgument(0)));
 }

@@ -201,8 +201,23 @@ LogicalResult CodeOp::verifySymbolUses(SymbolTableCollection &tables) {
 // Router and dispatch
 //===----------------------------------------------------------------------===//
 
-static void buildRouter(OperationState &state, Value x, Value weight, ValueRange outs) {
-  state.addOperands({x, weight});
+/// Fills the state of either router.
+template <typename OpTy>
+static void buildRouter(OperationState &state, Value x, Value weight, const RouterVectors &vectors,
+                        ValueRange outs, RouterAttr router, TypeAttr compute) {
+  SmallVector<Value> inputs = {
+      x, weight, vectors.bias, vectors.selectionBias, vectors.expertScale, vectors.inputScale};
+  auto &properties = state.getOrAddProperties<typename OpTy::Properties>();
+  properties.router = router;
+  properties.compute = compute;
+  llvm::fill(properties.operandSegmentSizes, 0);
+  for (auto [i, input] : llvm::enumerate(inputs)) {
+    properties.operandSegmentSizes[i] = input ? 1 : 0;
+    if (input)
+      state.addOperands(input);
+  }
+  for (size_t i = 0; i < outs.size(); ++i)
+    properties.operandSegmentSizes[inputs.size() + i] = 1;
   state.addOperands(outs);
   addResultTypes(state, outs);
 }
@@ -240,23 +255,54 @@ template <typename OpTy> static LogicalResult verifyRouter(OpTy op, int64_t &exp
       return failure();
   // router_c5
   if (GroupsAttr groups = router.getGroups()) {
+    if (groups.getReduce() == GroupScore::SumTop2 && experts / groups.getCount() < 2)
+      return op.emitOpError() << "expected groups of at least 2 experts for sum_top2, but got "
+                              << experts / groups.getCount();
     if (experts % groups.getCount())
       return op.emitOpError() << "expected a count of groups that divides E = " << experts
                               << ", but got " << groups.getCount();
-    if (experts / groups.getCount() * groups.getKeep() < router.getTopK())
+    if (groups.getFill() == GroupFill::NegInf &&
+        experts / groups.getCount() * groups.getKeep() < router.getTopK())
       return op.emitOpError() << "expected kept groups of at least top_k = " << router.getTopK()
                               << " experts, but got "
                               << experts / groups.getCount() * groups.getKeep();
   }
+  // router_c6
+  RouterVectors vectors = op.getVectors();
+  std::tuple<StringRef, Value, int64_t> sizes[] = {
+      {"bias", vectors.bias, experts},
+      {"selection_bias", vectors.selectionBias, experts},
+      {"expert_scale", vectors.expertScale, experts},
+      {"input_scale", vectors.inputScale, weight.getCols()}};
+  for (auto [name, vector, size] : sizes) {
+    if (!vector)
+      continue;
+    WeightType type = getWeightType(vector);
+    if (type.getExperts() != 1 || type.getParts() != 1 || type.getRows() != size)
+      return op.emitOpError() << "expected " << name << " of 1x1x" << size << "x1, but got "
+                              << type.getExperts() << "x" << type.getParts() << "x"
+                              << type.getRows() << "x1";
+  }
+  // router_c7
+  if (bool(vectors.selectionBias) != (router.getSelectionBias() != SelectionBias::None))
+    return op.emitOpError() << "expected selection_bias exactly where the router has one, but got "
+                            << (vectors.selectionBias ? "a vector" : "none");
+  if (bool(vectors.inputScale) != (router.getInput() == RouterInput::RmsNorm))
+    return op.emitOpError() << "expected input_scale exactly with input = rms_norm, but got "
+                            << (vectors.inputScale ? "a vector" : "none");
+  // router_c8
+  if (router.getSelect() == Selection::SparseMixer &&
+      (router.getScore() != ScoreFunction::Softmax || router.getGroups() || vectors.selectionBias ||
+       router.getRenormalize() != Renormalize::None))
+    return op.emitOpError("expected softmax without groups, selection bias and renormalisation "
+                          "with select = sparse_mixer, but got another router");
   return success();
 }
 
-void RouterOp::build(OpBuilder &, OperationState &state, Value x, Value weight, ValueRange outs,
-                     RouterAttr router, TypeAttr compute) {
-  buildRouter(state, x, weight, outs);
-  Properties &properties = state.getOrAddProperties<Properties>();
-  properties.router = router;
-  properties.compute = compute;
+void RouterOp::build(OpBuilder &, OperationState &state, Value x, Value weight,
+                     const RouterVectors &vectors, ValueRange outs, RouterAttr router,
+                     TypeAttr compute) {
+  buildRouter<RouterOp>(state, x, weight, vectors, outs, router, compute);
 }
 
 LogicalResult RouterOp::verify() {
@@ -319,16 +365,14 @@ LogicalResult DispatchOp::reifyResultShapes(OpBuilder &builder,
 }
 
 void RouteDispatchOp::build(OpBuilder &, OperationState &state, Value x, Value weight,
-                            ValueRange outs, RouterAttr router, TypeAttr compute) {
-  buildRouter(state, x, weight, outs);
-  Properties &properties = state.getOrAddProperties<Properties>();
-  properties.router = router;
-  properties.compute = compute;
+                            const RouterVectors &vectors, ValueRange outs, RouterAttr router,
+                            TypeAttr compute) {
+  buildRouter<RouteDispatchOp>(state, x, weight, vectors, outs, router, compute);
 }
 
 LogicalResult RouteDispatchOp::verify() {
   int64_t experts;
-  // route_dispatch_c6, route_dispatch_c7
+  // route_dispatch_c9, route_dispatch_c10
   if (failed(verifyRouter(*this, experts)))
     return failure();
   return verifyDispatchOuts(*this, getOutExperts(), experts);

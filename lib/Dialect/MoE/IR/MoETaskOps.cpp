@@ -95,7 +95,37 @@ LogicalResult PackRowsOp::verify() {
   // pack_rows_c2
   if (cast<MemRefType>(getOut().getType()).getElementType().isBF16() && !getCompute().isBF16())
     return emitOpError() << "expected compute = bf16 for a block of bf16, but got " << getCompute();
+  // pack_rows_c3
+  if (getRowWeights() && !getPair())
+    return emitOpError("expected via with row_weights, but got row_weights alone");
   return success();
+}
+
+void GemmTileOp::build(OpBuilder &builder, OperationState &state, Value count, Value a,
+                       Value weight, Value expert, Value panel, Value out, Value row,
+                       ResultForm form, UkernelAttr ukernel) {
+  build(builder, state, count, a, weight, /*bias=*/Value(), expert, panel, out, row,
+        /*pair=*/Value(), /*weights=*/Value(), /*slots=*/Value(), /*gate=*/Value(),
+        /*scale=*/Value(), /*unweighted=*/UnitAttr(),
+        ResultFormAttr::get(builder.getContext(), form), /*compute=*/TypeAttr(), ukernel);
+}
+
+static void assignIf(MutableOperandRange operand, Value value) {
+  if (value)
+    operand.assign(value);
+}
+
+void GemmTileOp::setBias(Value bias) { assignIf(getBiasMutable(), bias); }
+
+void GemmTileOp::setCombine(Value pair, Value weights, Value slots, Value gate, Value scale,
+                            bool unweighted, TypeAttr compute) {
+  assignIf(getPairMutable(), pair);
+  assignIf(getWeightsMutable(), weights);
+  assignIf(getSlotsMutable(), slots);
+  assignIf(getGateMutable(), gate);
+  assignIf(getScaleMutable(), scale);
+  setUnweighted(unweighted);
+  setComputeAttr(compute);
 }
 
 LogicalResult GemmTileOp::verify() {
@@ -108,8 +138,21 @@ LogicalResult GemmTileOp::verify() {
   // gemm_tile_c3
   if (bool(getPair()) != bool(getWeights()) || bool(getPair()) != bool(getSlots()))
     return emitOpError("expected pair, weights and slots together, but got some of them");
-  if (!combine && (getPair() || getComputeAttr()))
-    return emitOpError("expected via and compute with into combine only");
+  if (!combine && (getPair() || getGate() || getScale() || getUnweighted() || getComputeAttr()))
+    return emitOpError("expected via, gate, scale and compute with into combine only");
+  if (getGate() && getPair())
+    return emitOpError("expected gate without pairs, but got both");
+  if (getUnweighted() && !getPair())
+    return emitOpError("expected unweighted with pairs only, but got no pairs");
+  // gemm_tile_c6
+  if (getBias()) {
+    WeightType bias = opimpl::getWeightType(getBias());
+    if (bias.getExperts() != weight.getExperts() || bias.getParts() != weight.getParts() ||
+        bias.getRows() != weight.getRows())
+      return emitOpError() << "expected a bias of " << weight.getExperts() << "x"
+                           << weight.getParts() << "x" << weight.getRows() << "x1, but got "
+                           << bias;
+  }
   if (combine && !getComputeAttr())
     return emitOpError("expected compute with into combine, but got none");
   if (combine && !hasRegion && weight.getParts() != 1)
@@ -161,6 +204,14 @@ LogicalResult SelectExpertsOp::verify() {
   if (failed(verifyDim(*this, getOutWeights(), 1, topK, "chosen experts K of the weights")) ||
       failed(verifyDim(*this, getOutExperts(), 1, topK, "chosen experts K of the experts")))
     return failure();
+  // select_experts_c4
+  if (bool(getSelectionBias()) != (getRouter().getSelectionBias() != SelectionBias::None))
+    return emitOpError() << "expected selection_bias exactly where the router has one, but got "
+                         << (getSelectionBias() ? "a vector" : "none");
+  for (Value vector : {getSelectionBias(), getExpertScale()})
+    if (vector && opimpl::getWeightType(vector).getRows() != experts)
+      return emitOpError() << "expected vectors of E = " << experts << " elements, but got "
+                           << opimpl::getWeightType(vector).getRows();
   // select_experts_c2, select_experts_c3
   int64_t width = getDim(getLogits(), 1);
   if (!ShapedType::isDynamic(width) && width < experts)

@@ -63,7 +63,8 @@ Type WeightType::parse(AsmParser &parser) {
   if (succeeded(parser.parseOptionalKeyword(&keyword))) {
     std::optional<PanelLayout> panel = symbolizePanelLayout(keyword);
     if (!panel) {
-      parser.emitError(loc) << "expected weight layout panel32, but got '" << keyword << "'";
+      parser.emitError(loc) << "expected weight layout panel32 or vector32, but got '" << keyword
+                            << "'";
       return {};
     }
     layout = LayoutAttr::get(context, *panel);
@@ -99,6 +100,11 @@ LogicalResult WeightType::verify(function_ref<InFlightDiagnostic()> emitError, i
       return emitError() << "expected a weight with positive " << name << ", but got " << value;
   if (parts != 1 && parts != 2)
     return emitError() << "expected a weight of 1 or 2 parts, but got " << parts;
+  auto panels = dyn_cast<LayoutAttr>(layout);
+  if (panels && panels.getValue() == PanelLayout::Vector32 &&
+      (cols != 1 || !format.getStorageType().isF32()))
+    return emitError() << "expected one column of f32 in layout vector32, but got " << cols
+                       << " of " << format.getFormatName();
   // Offsets into the packed bytes are 64-bit. Padding adds less than a panel in each direction.
   double bytes = double(experts) * parts * (double(rows) + layout.getPanelWidth()) *
                  (double(cols) + layout.getReductionMultiple()) * format.getBitsPerElement() / 8;
@@ -108,6 +114,15 @@ LogicalResult WeightType::verify(function_ref<InFlightDiagnostic()> emitError, i
   return success();
 }
 
+WeightType WeightType::getVector(MLIRContext *context, int64_t experts, int64_t parts,
+                                 int64_t rows) {
+  return get(context, experts, parts, rows, 1, FormatAttr::get(context, PlainFormat::F32),
+             LayoutAttr::get(context, PanelLayout::Vector32));
+}
+bool WeightType::isVector() const {
+  auto layout = dyn_cast<LayoutAttr>(getLayout());
+  return layout && layout.getValue() == PanelLayout::Vector32;
+}
 int64_t WeightType::paddedCols() const {
   return llvm::alignTo(getCols(), getLayout().getReductionMultiple());
 }

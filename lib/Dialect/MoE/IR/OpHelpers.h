@@ -36,6 +36,9 @@ LogicalResult verifyDim(Operation *op, Value value, int64_t dim, int64_t expecte
 LogicalResult verifySameDim(Operation *op, Value a, int64_t aDim, Value b, int64_t bDim,
                             const Twine &what);
 
+/// Checks the tokens of row_weights against those of x; null is fine.
+LogicalResult verifyRowWeights(Operation *op, Value rowWeights, Value x);
+
 /// Checks the region of an epilogue: one f32 argument per part, one f32 yielded, no side effects.
 LogicalResult verifyEpilogue(Operation *op, Region &region, int64_t parts);
 

@@ -19,9 +19,9 @@ using namespace mlir::moe;
 namespace {
 
 template <typename OpTy> bool readsOuts(OpTy) { return false; }
-template <> bool readsOuts(CombineOp op) { return bool(op.getAccumulate()); }
-template <> bool readsOuts(FfnOp op) { return bool(op.getAccumulate()); }
-template <> bool readsOuts(GroupedMatmulOp op) { return bool(op.getAccumulate()); }
+template <> bool readsOuts(CombineOp op) { return op.readsOut(); }
+template <> bool readsOuts(FfnOp op) { return op.readsOut(); }
+template <> bool readsOuts(GroupedMatmulOp op) { return op.readsOut(); }
 
 template <typename OpTy> struct Model : DstBufferizableOpInterfaceExternalModel<Model<OpTy>, OpTy> {
   bool bufferizesToMemoryRead(Operation *op, OpOperand &operand, const AnalysisState &) const {

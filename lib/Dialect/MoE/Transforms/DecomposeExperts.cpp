@@ -42,33 +42,39 @@ Value emptyLike(OpBuilder &builder, Location loc, Value like, ArrayRef<int64_t> 
   return tensor::EmptyOp::create(builder, loc, sizes, type);
 }
 
-/// Up matmul, activation, down matmul into `out`; `rows` have as many rows as `out`.
-Value buildExpert(PatternRewriter &rewriter, Location loc, Value rows, Value offsets, Value up,
-                  Value down, ExpertAttr expert, Value out, TypeAttr rowType) {
-  auto weight = cast<WeightType>(up.getType());
+/// Up matmul, activation, down matmul of `op` into `out`; `rows` have as many rows as `out`.
+template <typename OpTy>
+Value buildExpert(PatternRewriter &rewriter, OpTy op, Value rows, Value offsets, Value out,
+                  TypeAttr rowType) {
+  Location loc = op.getLoc();
+  auto weight = cast<WeightType>(op.getUp().getType());
   Type f32 = rewriter.getF32Type();
   SmallVector<int64_t> productDims;
   if (weight.getParts() > 1)
     productDims.push_back(weight.getParts());
   productDims.push_back(weight.getRows());
-  auto products = GroupedMatmulOp::create(rewriter, loc, rows, offsets, up,
+  auto products = GroupedMatmulOp::create(rewriter, loc, rows, offsets, op.getUp(),
                                           emptyLike(rewriter, loc, rows, productDims, f32));
   products.setRowTypeAttr(rowType);
   auto hidden = ActivateOp::create(rewriter, loc, products.getResult(0),
                                    emptyLike(rewriter, loc, rows, weight.getRows(), f32));
-  buildExpertEpilogue(rewriter, loc, hidden.getEpilogue(), expert);
+  buildExpertEpilogue(rewriter, loc, hidden.getEpilogue(), op.getExpert());
   rewriter.setInsertionPointAfter(hidden);
-  return GroupedMatmulOp::create(rewriter, loc, hidden.getResult(0), offsets, down, out)
-      .getResult(0);
+  auto result =
+      GroupedMatmulOp::create(rewriter, loc, hidden.getResult(0), offsets, op.getDown(), out);
+  if (op.getUpBias()) {
+    products.getBiasMutable().assign(op.getUpBias());
+    result.getBiasMutable().assign(op.getDownBias());
+  }
+  return result.getResult(0);
 }
 
 /// Fails where there is nothing to build.
 template <typename OpTy> LogicalResult checkDecomposable(OpTy op, PatternRewriter &rewriter) {
   if (!op.hasPureTensorSemantics())
     return rewriter.notifyMatchFailure(op, "operands are not tensors");
-  ExpertAttr expert = op.getExpert();
-  if (expert.getClamp() || expert.getBias() || expert.getNorm() || expert.getLatent())
-    return rewriter.notifyMatchFailure(op, "no formula for " + expert.getUnimplemented());
+  if (std::string refused = op.getExpert().getUnimplemented(); !refused.empty())
+    return rewriter.notifyMatchFailure(op, "no formula for " + refused);
   return success();
 }
 
@@ -81,12 +87,11 @@ struct DecomposeExperts : OpRewritePattern<ExpertsOp> {
     Location loc = op.getLoc();
     Type compute = getComputeType(op, op.getOut());
     int64_t hidden = cast<WeightType>(op.getUp().getType()).getCols();
-    auto gathered =
-        GatherOp::create(rewriter, loc, op.getX(), op.getOffsets(), op.getPair(), op.getSlots(),
-                         emptyLike(rewriter, loc, op.getPair(), hidden, compute));
-    rewriter.replaceOp(op, buildExpert(rewriter, loc, gathered.getResult(0), op.getOffsets(),
-                                       op.getUp(), op.getDown(), op.getExpert(), op.getOut(),
-                                       /*rowType=*/{}));
+    auto gathered = GatherOp::create(rewriter, loc, op.getX(), op.getOffsets(), op.getPair(),
+                                     op.getSlots(), op.getRowWeights(),
+                                     emptyLike(rewriter, loc, op.getPair(), hidden, compute));
+    rewriter.replaceOp(op, buildExpert(rewriter, op, gathered.getResult(0), op.getOffsets(),
+                                       op.getOut(), /*rowType=*/{}));
     return success();
   }
 };
@@ -99,20 +104,27 @@ struct DecomposeFfn : OpRewritePattern<FfnOp> {
       return failure();
     Location loc = op.getLoc();
     Type compute = getComputeType(op, op.getOut());
-    Value tokens = getValueOrCreateConstantIndexOp(
-        rewriter, loc, tensor::getMixedSize(rewriter, loc, op.getX(), 0));
+    Value tokens = op.getRows();
+    if (!tokens)
+      tokens = getValueOrCreateConstantIndexOp(rewriter, loc,
+                                               tensor::getMixedSize(rewriter, loc, op.getX(), 0));
     Value empty =
         tensor::EmptyOp::create(rewriter, loc, ArrayRef<int64_t>{2}, rewriter.getI32Type());
     Value offsets = SingleGroupOp::create(rewriter, loc, tokens, empty).getResult(0);
     int64_t hidden = cast<WeightType>(op.getUp().getType()).getCols();
     Value rows =
-        buildExpert(rewriter, loc, op.getX(), offsets, op.getUp(), op.getDown(), op.getExpert(),
+        buildExpert(rewriter, op, op.getX(), offsets,
                     emptyLike(rewriter, loc, op.getX(), hidden, compute), TypeAttr::get(compute));
-    rewriter.replaceOp(op,
-                       CombineOp::create(rewriter, loc, rows, offsets, /*pair=*/Value(),
-                                         /*weights=*/Value(), /*slots=*/Value(), op.getAccumulate(),
-                                         op.getOut(), CombineAttr::get(rewriter.getContext()))
-                           .getResult(0));
+    auto combine = CombineOp::create(rewriter, loc, rows, offsets, op.getOut());
+    if (op.getGate())
+      combine.getGateMutable().assign(op.getGate());
+    if (op.getScale())
+      combine.getScaleMutable().assign(op.getScale());
+    if (op.getAccumulate())
+      combine.getAccumulateMutable().assign(op.getAccumulate());
+    if (op.getStart())
+      combine.getStartMutable().assign(op.getStart());
+    rewriter.replaceOp(op, combine.getResults());
     return success();
   }
 };

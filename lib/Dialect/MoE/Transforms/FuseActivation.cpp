@@ -40,11 +40,7 @@ struct FuseActivation : OpRewritePattern<ActivateOp> {
 
     auto fused = GroupedMatmulOp::create(rewriter, op.getLoc(), matmul.getRows(),
                                          matmul.getOffsets(), matmul.getWeight(), op.getOut());
-    if (matmul.hasVia()) {
-      fused.getViaPairMutable().assign(matmul.getViaPair());
-      fused.getViaSlotsMutable().assign(matmul.getViaSlots());
-    }
-    fused.setRowTypeAttr(matmul.getRowTypeAttr());
+    fused.copyRowClauses(matmul);
     rewriter.inlineRegionBefore(op.getEpilogue(), fused.getEpilogue(), fused.getEpilogue().end());
     rewriter.replaceOp(op, fused.getResults());
     rewriter.eraseOp(matmul);
@@ -52,16 +48,9 @@ struct FuseActivation : OpRewritePattern<ActivateOp> {
   }
 };
 
-struct FuseActivationPass : moe::impl::FuseActivationPassBase<FuseActivationPass> {
-  using Base::Base;
-
-  void runOnOperation() override {
-    RewritePatternSet patterns(&getContext());
-    populateFuseActivationPatterns(patterns);
-    if (failed(rewriteAll<ActivateOp>(getOperation(), std::move(patterns), numFused, numDeclined,
-                                      remarks)))
-      signalPassFailure();
-  }
+struct FuseActivationPass final : FusePass<moe::impl::FuseActivationPassBase<FuseActivationPass>,
+                                           populateFuseActivationPatterns, ActivateOp> {
+  using FusePass::FusePass;
 };
 
 } // namespace

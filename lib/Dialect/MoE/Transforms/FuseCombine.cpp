@@ -37,16 +37,10 @@ struct FuseCombine : OpRewritePattern<CombineOp> {
       return rewriter.notifyMatchFailure(op, "the matmul has a combine clause");
     if (matmul.getOffsets() != op.getOffsets())
       return rewriter.notifyMatchFailure(op, "matmul and combine have different groups");
-    if (op.getCombine() != CombineAttr::get(rewriter.getContext()))
-      return rewriter.notifyMatchFailure(op, "no clause for " + op.getCombine().getUnimplemented());
 
     auto fused = GroupedMatmulOp::create(rewriter, op.getLoc(), matmul.getRows(),
                                          matmul.getOffsets(), matmul.getWeight(), op.getOut());
-    if (matmul.hasVia()) {
-      fused.getViaPairMutable().assign(matmul.getViaPair());
-      fused.getViaSlotsMutable().assign(matmul.getViaSlots());
-    }
-    fused.setRowTypeAttr(matmul.getRowTypeAttr());
+    fused.copyRowClauses(matmul);
     fused.setCombineTypeAttr(
         TypeAttr::get(cast<RankedTensorType>(op.getRows().getType()).getElementType()));
     if (op.getPair()) {
@@ -54,8 +48,15 @@ struct FuseCombine : OpRewritePattern<CombineOp> {
       fused.getCombineWeightsMutable().assign(op.getWeights());
       fused.getCombineSlotsMutable().assign(op.getSlots());
     }
+    fused.setUnweighted(op.getUnweighted());
+    if (op.getGate())
+      fused.getGateMutable().assign(op.getGate());
+    if (op.getScale())
+      fused.getScaleMutable().assign(op.getScale());
     if (op.getAccumulate())
       fused.getAccumulateMutable().assign(op.getAccumulate());
+    if (op.getStart())
+      fused.getStartMutable().assign(op.getStart());
     rewriter.inlineRegionBefore(matmul.getEpilogue(), fused.getEpilogue(),
                                 fused.getEpilogue().end());
     rewriter.replaceOp(op, fused.getResults());
@@ -64,16 +65,9 @@ struct FuseCombine : OpRewritePattern<CombineOp> {
   }
 };
 
-struct FuseCombinePass : moe::impl::FuseCombinePassBase<FuseCombinePass> {
-  using Base::Base;
-
-  void runOnOperation() override {
-    RewritePatternSet patterns(&getContext());
-    populateFuseCombinePatterns(patterns);
-    if (failed(rewriteAll<CombineOp>(getOperation(), std::move(patterns), numFused, numDeclined,
-                                     remarks)))
-      signalPassFailure();
-  }
+struct FuseCombinePass final : FusePass<moe::impl::FuseCombinePassBase<FuseCombinePass>,
+                                        populateFuseCombinePatterns, CombineOp> {
+  using FusePass::FusePass;
 };
 
 } // namespace

@@ -48,6 +48,8 @@ struct FuseGather : OpRewritePattern<GatherOp> {
         matmul.getRowsMutable().set(op.getX());
         matmul.getViaPairMutable().assign(op.getPair());
         matmul.getViaSlotsMutable().assign(op.getSlots());
+        if (op.getRowWeights())
+          matmul.getRowWeightsMutable().assign(op.getRowWeights());
         matmul.setRowTypeAttr(TypeAttr::get(rounded));
       });
     }
@@ -56,16 +58,9 @@ struct FuseGather : OpRewritePattern<GatherOp> {
   }
 };
 
-struct FuseGatherPass : moe::impl::FuseGatherPassBase<FuseGatherPass> {
-  using Base::Base;
-
-  void runOnOperation() override {
-    RewritePatternSet patterns(&getContext());
-    populateFuseGatherPatterns(patterns);
-    if (failed(rewriteAll<GatherOp>(getOperation(), std::move(patterns), numFused, numDeclined,
-                                    remarks)))
-      signalPassFailure();
-  }
+struct FuseGatherPass final : FusePass<moe::impl::FuseGatherPassBase<FuseGatherPass>,
+                                       populateFuseGatherPatterns, GatherOp> {
+  using FusePass::FusePass;
 };
 
 } // namespace

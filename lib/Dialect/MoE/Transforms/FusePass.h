@@ -58,6 +58,22 @@ LogicalResult rewriteAll(Operation *root, RewritePatternSet &&patterns, Pass::St
   return success();
 }
 
+/// A pass that applies the patterns of `populate` to every operation of the kinds `OpTys`.
+/// `PassBase` is the generated base, with statistics numFused and numDeclined and the option
+/// remarks.
+template <typename PassBase, void (*populate)(RewritePatternSet &), typename... OpTys>
+struct FusePass : PassBase {
+  using PassBase::PassBase;
+
+  void runOnOperation() override {
+    RewritePatternSet patterns(&this->getContext());
+    populate(patterns);
+    if (failed(rewriteAll<OpTys...>(this->getOperation(), std::move(patterns), this->numFused,
+                                    this->numDeclined, this->remarks)))
+      this->signalPassFailure();
+  }
+};
+
 } // namespace mlir::moe
 
 #endif // MOE_LIB_DIALECT_MOE_TRANSFORMS_FUSEPASS_H

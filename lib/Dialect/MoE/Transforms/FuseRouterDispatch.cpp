@@ -35,9 +35,7 @@ struct FuseRouterDispatch : OpRewritePattern<DispatchOp> {
       return rewriter.notifyMatchFailure(op, "the router gives its logits");
     if (router->getBlock() != op->getBlock())
       return rewriter.notifyMatchFailure(op, "router and dispatch are in different blocks");
-    int64_t experts = cast<WeightType>(router.getWeight().getType()).getRows() -
-                      router.getRouter().getExtraRows();
-    if (static_cast<int64_t>(op.getExperts()) != experts)
+    if (static_cast<int64_t>(op.getExperts()) != router.getNumExperts())
       return rewriter.notifyMatchFailure(op, "router and dispatch have different experts");
     // The fused operation stands where the dispatch stood, after the dispatch's outs.
     for (Operation *user : router->getUsers())
@@ -45,6 +43,7 @@ struct FuseRouterDispatch : OpRewritePattern<DispatchOp> {
         return rewriter.notifyMatchFailure(op, "the router's results are used before the dispatch");
 
     auto fused = RouteDispatchOp::create(rewriter, op.getLoc(), router.getX(), router.getWeight(),
+                                         router.getVectors(),
                                          ValueRange{router.getOutWeights(), router.getOutExperts(),
                                                     op.getOutOffsets(), op.getOutPair()},
                                          router.getRouter(), router.getComputeAttr());
@@ -54,16 +53,10 @@ struct FuseRouterDispatch : OpRewritePattern<DispatchOp> {
   }
 };
 
-struct FuseRouterDispatchPass : moe::impl::FuseRouterDispatchPassBase<FuseRouterDispatchPass> {
-  using Base::Base;
-
-  void runOnOperation() override {
-    RewritePatternSet patterns(&getContext());
-    populateFuseRouterDispatchPatterns(patterns);
-    if (failed(rewriteAll<DispatchOp>(getOperation(), std::move(patterns), numFused, numDeclined,
-                                      remarks)))
-      signalPassFailure();
-  }
+struct FuseRouterDispatchPass final
+    : FusePass<moe::impl::FuseRouterDispatchPassBase<FuseRouterDispatchPass>,
+               populateFuseRouterDispatchPatterns, DispatchOp> {
+  using FusePass::FusePass;
 };
 
 } // namespace

@@ -45,6 +45,7 @@ public:
 private:
   LogicalResult lower(GemmTileOp op);
   LogicalResult lower(PackRowsOp op);
+  LogicalResult lower(NormalizeRowsOp op);
   LogicalResult lower(SelectExpertsOp op);
   LogicalResult lower(BeginPanelsOp op);
   LogicalResult lower(EndPanelsOp op);
@@ -59,6 +60,10 @@ private:
   FailureOr<Buffer> getBuffer(KernelBuilder &k, Operation *op, Value memref);
   Value toI64(KernelBuilder &k, Value index) {
     return arith::IndexCastOp::create(k.b, k.loc, k.i64(), index);
+  }
+  /// The address of a weight's packed bytes.
+  Value toPointer(KernelBuilder &k, Value weight) {
+    return UnrealizedConversionCastOp::create(k.b, k.loc, k.ptr(), weight).getResult(0);
   }
   void call(KernelBuilder &k, func::FuncOp kernel, ArrayRef<Value> args) {
     func::CallOp::create(k.b, k.loc, kernel, args);
@@ -154,6 +159,7 @@ FailureOr<GemmKernelSpec> KernelEmitter::getSpec(GemmTileOp op) {
   spec.bf16Weights = format.getValue() == PlainFormat::BF16;
   spec.product = ukernel.getProduct();
   spec.parts = weight.getParts();
+  spec.bias = static_cast<bool>(op.getBias());
   switch (op.getForm()) {
   case ResultForm::Blocked:
     spec.form = KernelForm::Blocked;
@@ -166,6 +172,8 @@ FailureOr<GemmKernelSpec> KernelEmitter::getSpec(GemmTileOp op) {
   case ResultForm::Combine:
     spec.form = KernelForm::Combine;
     spec.indexed = static_cast<bool>(op.getPair());
+    spec.weighted = op.getGate() || (op.getPair() && !op.getUnweighted());
+    spec.scaled = static_cast<bool>(op.getScale());
     spec.bf16Result = op.getCompute() && op.getCompute()->isBF16();
     break;
   }
@@ -194,12 +202,12 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
   if (failed(a) || failed(out))
     return failure();
   Value count = toI64(k, op.getCount());
-  Value weights =
-      UnrealizedConversionCastOp::create(b, k.loc, k.ptr(), op.getWeight()).getResult(0);
+  Value weights = toPointer(k, op.getWeight());
   Value number = k.add(k.mul(toI64(k, op.getExpert()), weight.panelCount()), panel);
   SmallVector<Value> args = {a->pointer, k.at(weights, k.mul(number, panelBytes)),
                              k.index(llvm::divideCeil(weight.getCols(), spec.getGroupColumns())),
                              k.index(panelBytes)};
+  size_t outPlace = args.size();
   Value firstColumn = k.mul(panel, panelCols);
   Value row = op.getRow() ? toI64(k, op.getRow()) : Value();
   switch (spec.form) {
@@ -253,19 +261,32 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
     // The scratch holds the panels of the whole operation; skip those before `panel`.
     Value skipped = k.sub(panel, toI64(k, op.getPanel()));
     Value p = k.at(out->pointer, k.mul(skipped, out->strideBytes[0]));
+    auto fromRow = [&](Value pointer, int64_t bytes) {
+      return row ? k.at(pointer, k.mul(row, bytes)) : pointer;
+    };
+    args.append({spec.indexed ? p : fromRow(p, 128), out->strideBytes[0]});
     if (spec.indexed) {
       FailureOr<Buffer> pair = getBuffer(k, op, op.getPair());
-      FailureOr<Buffer> w = getBuffer(k, op, op.getWeights());
-      if (failed(pair) || failed(w))
+      if (failed(pair))
         return failure();
-      Value pairs = row ? k.at(pair->pointer, k.mul(row, 4)) : pair->pointer;
-      args.append({p, out->strideBytes[0], pairs, w->pointer, toI64(k, op.getSlots())});
-    } else {
-      args.append({row ? k.at(p, k.mul(row, 128)) : p, out->strideBytes[0]});
+      args.push_back(fromRow(pair->pointer, 4));
     }
+    if (spec.weighted) {
+      FailureOr<Buffer> w = getBuffer(k, op, spec.indexed ? op.getWeights() : op.getGate());
+      if (failed(w))
+        return failure();
+      args.push_back(spec.indexed ? w->pointer : fromRow(w->pointer, 4));
+    }
+    if (spec.indexed)
+      args.push_back(toI64(k, op.getSlots()));
+    if (spec.scaled)
+      args.push_back(op.getScale());
     break;
   }
   }
+  // One row of a panel, for each panel.
+  if (spec.bias)
+    args.insert(args.begin() + outPlace + 1, k.at(toPointer(k, op.getBias()), k.mul(number, 128)));
 
   if (spec.isTile()) {
     // Two kernels, for one tile of rows and for two. The others' arguments are shifted by one.
@@ -389,8 +410,10 @@ LogicalResult KernelEmitter::lower(PackRowsOp op) {
   spec.level = *level;
   spec.bf16Source = rowsType.getElementType().isBF16();
   spec.bf16Block = cast<MemRefType>(op.getOut().getType()).getElementType().isBF16();
-  spec.bf16Compute = !spec.bf16Block && !spec.bf16Source && op.getCompute().isBF16();
+  spec.bf16Compute =
+      !spec.bf16Block && op.getCompute().isBF16() && (!spec.bf16Source || op.getRowWeights());
   spec.gather = static_cast<bool>(op.getPair());
+  spec.weighted = static_cast<bool>(op.getRowWeights());
   FailureOr<func::FuncOp> kernel =
       get(spec.getName(), [&](OpBuilder &at) { return emitPackKernel(at, op.getLoc(), spec); });
   OpBuilder b(op);
@@ -407,6 +430,12 @@ LogicalResult KernelEmitter::lower(PackRowsOp op) {
       return failure();
     args = {rows->pointer, rows->strideBytes[0], k.at(pair->pointer, k.mul(first, 4)),
             toI64(k, op.getSlots())};
+    if (spec.weighted) {
+      FailureOr<Buffer> w = getBuffer(k, op, op.getRowWeights());
+      if (failed(w))
+        return failure();
+      args.push_back(w->pointer);
+    }
   } else {
     args = {k.at(rows->pointer, k.mul(first, rows->strideBytes[0])), rows->strideBytes[0]};
   }
@@ -419,22 +448,24 @@ LogicalResult KernelEmitter::lower(PackRowsOp op) {
   return success();
 }
 
-/// The first value of `router` that this target has no code for, as "score = sigmoid", or "".
-static std::string getUnsupported(RouterAttr router) {
-  std::string value = router.getUnimplemented();
-  if (!value.empty())
-    return value;
-  if (router.getScore() != ScoreFunction::Softmax)
-    return "score other than softmax";
-  if (router.getRenormalize() != Renormalize::None && router.getRenormalize() != Renormalize::Sum)
-    return "renormalize other than none and sum";
-  if (router.getPrecision() != RouterPrecision::F32)
-    return "precision = model";
-  if (router.getInput() != RouterInput::Plain || router.getLogitTransform() ||
-      router.getSelect() != Selection::TopK || router.getSelectionBias() != SelectionBias::None ||
-      router.getGroups() || router.getExtraRows())
-    return "input, logit_transform, select, selection_bias, groups or extra_rows";
-  return "";
+LogicalResult KernelEmitter::lower(NormalizeRowsOp op) {
+  FailureOr<KernelLevel> level = getLevel(op);
+  if (failed(level))
+    return failure();
+  int64_t columns = op.getScale().getType().getRows();
+  float epsilon = static_cast<float>(op.getEpsilon().convertToDouble());
+  FailureOr<func::FuncOp> kernel =
+      get(getNormalizeKernelName(*level, columns, epsilon), [&](OpBuilder &at) {
+        return emitNormalizeKernel(at, op.getLoc(), *level, columns, epsilon);
+      });
+  OpBuilder b(op);
+  KernelBuilder k(b, op.getLoc());
+  FailureOr<Buffer> a = getBuffer(k, op, op.getA());
+  if (failed(kernel) || failed(a))
+    return failure();
+  call(k, *kernel, {a->pointer, toI64(k, op.getCount()), toPointer(k, op.getScale())});
+  op.erase();
+  return success();
 }
 
 LogicalResult KernelEmitter::lower(SelectExpertsOp op) {
@@ -442,27 +473,24 @@ LogicalResult KernelEmitter::lower(SelectExpertsOp op) {
   if (failed(level))
     return failure();
   RouterAttr router = op.getRouter();
-  std::string unsupported = getUnsupported(router);
+  std::string unsupported = router.getUnimplemented();
   if (!unsupported.empty())
     return op.emitOpError("expected a router that the CPU target has code for, but got ")
            << unsupported;
   SelectKernelSpec spec;
   spec.level = *level;
   spec.experts = op.getExperts();
-  spec.topK = router.getTopK();
-  spec.scoreFirst = router.getOrder() == RouterOrder::ScoreThenSelect;
-  spec.renormalize = router.getRenormalize() == Renormalize::Sum;
-  spec.epsilon = spec.renormalize ? static_cast<float>(double(router.getEpsilon())) : 0.0f;
-  spec.scale = static_cast<float>(double(router.getScale()));
+  spec.router = router;
+  spec.expertScale = static_cast<bool>(op.getExpertScale());
   spec.copyLogits = static_cast<bool>(op.getOutLogits());
-  if (spec.topK > spec.experts)
-    return op.emitOpError("expected top_k <= experts, but got ")
-           << spec.topK << " of " << spec.experts;
+  int64_t topK = router.getTopK();
+  if (topK > spec.experts)
+    return op.emitOpError("expected top_k <= experts, but got ") << topK << " of " << spec.experts;
   auto isCompact = [&](Value memref) {
     auto type = cast<MemRefType>(memref.getType());
     SmallVector<int64_t> strides;
     int64_t offset;
-    return succeeded(type.getStridesAndOffset(strides, offset)) && strides[0] == spec.topK;
+    return succeeded(type.getStridesAndOffset(strides, offset)) && strides[0] == topK;
   };
   if (!isCompact(op.getOutWeights()) || !isCompact(op.getOutExperts()))
     return op.emitOpError("expected weights and experts of rows of top_k elements next to each "
@@ -478,9 +506,12 @@ LogicalResult KernelEmitter::lower(SelectExpertsOp op) {
   if (failed(kernel) || failed(logits) || failed(weights) || failed(ids))
     return failure();
   Value first = toI64(k, op.getFirst());
-  Value skip = k.mul(first, spec.topK * 4);
+  Value skip = k.mul(first, topK * 4);
   SmallVector<Value> args = {logits->pointer, logits->strideBytes[0], toI64(k, op.getCount()),
                              k.at(weights->pointer, skip), k.at(ids->pointer, skip)};
+  for (Value vector : {op.getSelectionBias(), op.getExpertScale()})
+    if (vector)
+      args.push_back(toPointer(k, vector));
   if (spec.copyLogits) {
     FailureOr<Buffer> copy = getBuffer(k, op, op.getOutLogits());
     if (failed(copy))
@@ -543,15 +574,16 @@ LogicalResult KernelEmitter::run() {
   // All task operations first: lowering erases them and adds functions.
   SmallVector<Operation *> tasks;
   module.walk([&](Operation *op) {
-    if (isa<GemmTileOp, PackRowsOp, SelectExpertsOp, BeginPanelsOp, EndPanelsOp>(op))
+    if (isa<GemmTileOp, PackRowsOp, NormalizeRowsOp, SelectExpertsOp, BeginPanelsOp, EndPanelsOp>(
+            op))
       tasks.push_back(op);
   });
   LogicalResult result = success();
   for (Operation *task : tasks) {
     LogicalResult lowered =
         llvm::TypeSwitch<Operation *, LogicalResult>(task)
-            .Case<GemmTileOp, PackRowsOp, SelectExpertsOp, BeginPanelsOp, EndPanelsOp>(
-                [&](auto op) { return lower(op); });
+            .Case<GemmTileOp, PackRowsOp, NormalizeRowsOp, SelectExpertsOp, BeginPanelsOp,
+                  EndPanelsOp>([&](auto op) { return lower(op); });
     if (failed(lowered))
       result = failure(); // go on: report everything at once
   }

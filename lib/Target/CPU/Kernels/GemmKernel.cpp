@@ -93,11 +93,18 @@ std::string GemmKernelSpec::getName() const {
     break;
   case KernelForm::Combine:
     name += indexed ? "_combine" : "_add";
+    // What is usual of the form needs no word.
+    if (weighted != indexed)
+      name += weighted ? "_weighted" : "_plain";
+    if (scaled)
+      name += "_scaled";
     break;
   }
   name += llvm::utostr(parts);
   if (form != KernelForm::Blocked || product != KernelProduct::Fma)
     name += bf16Result ? "_bf16" : "_f32";
+  if (bias)
+    name += "_bias";
   if (epilogue)
     name += (epilogueName.empty() ? "" : "_" + epilogueName) + "_" + hashRegion(*epilogue);
   return name;
@@ -213,6 +220,7 @@ private:
   Value product(Value a, Value b, Value acc);
   LogicalResult forEachRow(ArrayRef<Value> acc,
                            function_ref<LogicalResult(Value, ArrayRef<Value>)> store);
+  SmallVector<Value> addBias(ArrayRef<Value> acc);
   FailureOr<Value> applyEpilogue(ArrayRef<Value> acc, int64_t p, int64_t s);
   /// Whether the kernel writes half of a group and may have to zero the other half.
   bool fillsGroup() const {
@@ -237,7 +245,7 @@ private:
   KernelBuilder k;
   const GemmKernelSpec &spec;
   int64_t lanes, panelVectors, vectors;
-  Value aBlock, bPanels, groups, panelBytes, out, stack, maskSlot;
+  Value aBlock, bPanels, groups, panelBytes, out, bias, stack, maskSlot;
   Value realRows; // of a block of tiles
   SmallVector<Value> formArgs;
 };
@@ -467,14 +475,27 @@ FailureOr<Value> GemmEmitter::applyEpilogue(ArrayRef<Value> acc, int64_t p, int6
   return results->front();
 }
 
-/// Runs `store` on every row's vectors. The accumulators go through the stack and the rows through
-/// a loop: unrolled, the epilogue's constants would be kept in registers across the k loop, which
-/// has none to spare, and its code would be `rows` times as long. The copy costs one store and one
-/// load per vector and whole product.
+/// The vectors of one row with the bias of their lanes.
+SmallVector<Value> GemmEmitter::addBias(ArrayRef<Value> acc) {
+  SmallVector<Value> sums(acc);
+  if (!spec.bias)
+    return sums;
+  for (auto [v, sum] : llvm::enumerate(sums)) {
+    // Panels of 32 lanes follow each other, in the order of the panel's own lanes.
+    Value lane = k.load(sum.getType(), k.at(bias, static_cast<int64_t>(v) * lanes * 4));
+    sum = arith::AddFOp::create(k.b, k.loc, sum, lane);
+  }
+  return sums;
+}
+
+/// Runs `store` on every row's vectors, bias added. The accumulators go through the stack and the
+/// rows through a loop: unrolled, the epilogue's constants would be kept in registers across the k
+/// loop, which has none to spare, and its code would be `rows` times as long. The copy costs one
+/// store and one load per vector and whole product.
 LogicalResult GemmEmitter::forEachRow(ArrayRef<Value> acc,
                                       function_ref<LogicalResult(Value, ArrayRef<Value>)> store) {
   if (spec.rows == 1)
-    return store(k.index(0), acc);
+    return store(k.index(0), addBias(acc));
   int64_t rowBytes = vectors * lanes * 4;
   Value rows = spec.isTile() ? realRows : k.index(spec.rows);
   for (auto [i, v] : llvm::enumerate(acc))
@@ -485,7 +506,7 @@ LogicalResult GemmEmitter::forEachRow(ArrayRef<Value> acc,
     SmallVector<Value> loaded;
     for (int64_t v = 0; v < vectors; ++v)
       loaded.push_back(k.load(k.vec(lanes, k.b.getF32Type()), k.at(from, v * lanes * 4)));
-    result = store(row, loaded);
+    result = store(row, addBias(loaded));
   });
   return result;
 }
@@ -570,21 +591,28 @@ LogicalResult GemmEmitter::storeRows(Value row, ArrayRef<Value> acc, bool whole)
 /// expert twice to one token.
 LogicalResult GemmEmitter::storeCombine(Value row, ArrayRef<Value> acc) {
   OpBuilder &b = k.b;
-  Value scratchBytes = formArgs[0], to, w;
+  ArrayRef<Value> args = formArgs;
+  auto next = [&] {
+    Value arg = args.front();
+    args = args.drop_front();
+    return arg;
+  };
+  Value scratchBytes = next(), token = row, number = row;
+  Value pairs = spec.indexed ? next() : Value(), weights = spec.weighted ? next() : Value();
   if (spec.indexed) {
-    Value pairs = formArgs[1], weights = formArgs[2];
-    Value slots = arith::TruncIOp::create(b, k.loc, b.getI32Type(), formArgs[3]);
+    Value slots = arith::TruncIOp::create(b, k.loc, b.getI32Type(), next());
     Value pair = k.load(b.getI32Type(), k.at(pairs, k.mul(row, 4)));
-    Value wide = arith::ExtUIOp::create(b, k.loc, k.i64(), pair);
-    Value scalar = k.load(b.getF32Type(), k.at(weights, k.mul(wide, 4)));
-    w = vector::BroadcastOp::create(b, k.loc, k.vec(lanes, b.getF32Type()), scalar);
-    Value token =
+    number = arith::ExtUIOp::create(b, k.loc, k.i64(), pair);
+    token =
         arith::ExtUIOp::create(b, k.loc, k.i64(), arith::DivUIOp::create(b, k.loc, pair, slots));
-    to = k.at(out, k.mul(token, 128));
-  } else {
-    w = splatF32(b, k.loc, lanes, 1.0f);
-    to = k.at(out, k.mul(row, 128));
   }
+  Value to = k.at(out, k.mul(token, 128)), scalar;
+  if (spec.weighted)
+    scalar = k.load(b.getF32Type(), k.at(weights, k.mul(number, 4)));
+  if (spec.scaled)
+    scalar = scalar ? arith::MulFOp::create(b, k.loc, scalar, next()).getResult() : next();
+  Value w = scalar ? vector::BroadcastOp::create(b, k.loc, k.vec(lanes, b.getF32Type()), scalar)
+                   : splatF32(b, k.loc, lanes, 1.0f);
   for (int64_t v = 0; v < vectors; ++v) {
     Value panel = v < panelVectors ? to : k.at(to, k.mul(scratchBytes, v / panelVectors));
     Value p = k.at(panel, (v % panelVectors) * lanes * 4);
@@ -604,6 +632,8 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
   SmallVector<Type> args = {ptr, ptr, i64, i64, ptr};
   if (spec.isTile())
     args.push_back(i64);
+  if (spec.bias)
+    args.push_back(ptr);
   unsigned formArg = args.size();
   switch (spec.form) {
   case KernelForm::Blocked:
@@ -615,7 +645,13 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
   case KernelForm::Combine:
     args.push_back(i64);
     if (spec.indexed)
-      args.append({ptr, ptr, i64});
+      args.push_back(ptr);
+    if (spec.weighted)
+      args.push_back(ptr);
+    if (spec.indexed)
+      args.push_back(i64);
+    if (spec.scaled)
+      args.push_back(k.b.getF32Type());
     break;
   }
   func::FuncOp function = k.start(spec.getName(), spec.level, args, spec.getFeatures());
@@ -626,6 +662,8 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
   out = function.getArgument(4);
   if (spec.isTile())
     realRows = function.getArgument(5);
+  if (spec.bias)
+    bias = function.getArgument(formArg - 1);
   for (unsigned i = formArg; i < args.size(); ++i)
     formArgs.push_back(function.getArgument(i));
 

@@ -91,6 +91,17 @@ public:
     b.setInsertionPointToStart(op.elseBlock());
     otherwise();
   }
+  /// Sum of a vector of a power of two lanes: halves added to halves until one lane is left.
+  Value sum(Value v) {
+    for (int64_t n = cast<VectorType>(v.getType()).getNumElements() / 2; n >= 1; n /= 2) {
+      auto half = [&](int64_t at) -> Value {
+        return vector::ExtractStridedSliceOp::create(b, loc, v, ArrayRef<int64_t>{at},
+                                                     ArrayRef<int64_t>{n}, ArrayRef<int64_t>{1});
+      };
+      v = arith::AddFOp::create(b, loc, half(0), half(n));
+    }
+    return vector::ExtractOp::create(b, loc, v, ArrayRef<int64_t>{0});
+  }
   /// i1 of a signed comparison.
   Value less(Value x, Value y) {
     return arith::CmpIOp::create(b, loc, arith::CmpIPredicate::slt, x, y);

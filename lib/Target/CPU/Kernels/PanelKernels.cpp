@@ -7,6 +7,11 @@
 
 #include "KernelBuilder.h"
 
+#include "llvm/ADT/bit.h"
+#include "llvm/Support/FormatVariadic.h"
+
+#include <cmath>
+
 using namespace mlir;
 using namespace mlir::moe;
 
@@ -21,7 +26,8 @@ std::string PackKernelSpec::getName() const {
           (bf16Block                    ? "_block32"
            : bf16Compute && !bf16Source ? "_round"
                                         : "") +
-          (gather ? "_gather" : ""))
+          (gather ? "_gather" : "") +
+          (weighted ? (bf16Compute ? "_weighted_round" : "_weighted") : ""))
       .str();
 }
 
@@ -31,39 +37,54 @@ func::FuncOp moe::emitPackKernel(OpBuilder &b, Location loc, const PackKernelSpe
   SmallVector<Type> args = {ptr, i64};
   if (spec.gather)
     args.append({ptr, i64});
+  if (spec.weighted)
+    args.push_back(ptr);
   args.append({i64, i64, ptr});
   func::FuncOp function = k.start(spec.getName(), spec.level, args);
   unsigned next = 0;
   Value x = function.getArgument(next++), rowBytes = function.getArgument(next++);
-  Value pairs, slots;
+  Value pairs, slots, weights;
   if (spec.gather) {
     pairs = function.getArgument(next++);
     slots = arith::TruncIOp::create(b, loc, b.getI32Type(), function.getArgument(next++));
   }
+  if (spec.weighted)
+    weights = function.getArgument(next++);
   Value rows = function.getArgument(next++), columns = function.getArgument(next++);
   Value out = function.getArgument(next++);
 
   int64_t elementBytes = spec.bf16Source ? 2 : 4;
-  bool round = spec.bf16Compute && !spec.bf16Source;
   int64_t lanes = getLevelLanes(spec.level);
   int64_t width = spec.bf16Block ? 32 : 16, outBytes = 64 / width; // a group's columns
   Value whole = arith::ShRUIOp::create(b, loc, columns, k.index(spec.bf16Block ? 5 : 4));
   Value rest = arith::AndIOp::create(b, loc, columns, k.index(width - 1));
   Value groupBytes = k.mul(rows, 64);
-  // `count` elements from p to q.
-  auto copy = [&](Value p, Value q, int64_t count) {
-    if (spec.bf16Block && spec.bf16Source)
-      return k.store(k.load(k.vec(count, b.getI16Type()), p), q);
-    Value v = k.loadF32(p, count, spec.bf16Source);
-    k.storeF32(round && !spec.bf16Block ? emitRoundToBF16(b, loc, v) : v, q, spec.bf16Block);
-  };
-
   k.loop(rows, 1, [&](Value row) {
-    Value source = row;
+    Value source = row, weight;
     if (spec.gather) {
       Value pair = k.load(b.getI32Type(), k.at(pairs, k.mul(row, 4)));
+      if (spec.weighted)
+        weight = k.load(b.getF32Type(),
+                        k.at(weights, k.mul(arith::ExtUIOp::create(b, loc, i64, pair), 4)));
       source = arith::ExtUIOp::create(b, loc, i64, arith::DivUIOp::create(b, loc, pair, slots));
     }
+    // `count` elements from p to q. A row is rounded when it is read, and its product with a weight
+    // is rounded again.
+    auto copy = [&](Value p, Value q, int64_t count) {
+      if (spec.bf16Block && spec.bf16Source && !weight)
+        return k.store(k.load(k.vec(count, b.getI16Type()), p), q);
+      Value v = k.loadF32(p, count, spec.bf16Source);
+      bool rounded = !spec.bf16Source && (weight || !spec.bf16Block);
+      if (rounded && (spec.bf16Compute || spec.bf16Block))
+        v = emitRoundToBF16(b, loc, v);
+      if (weight) {
+        Value factor = vector::BroadcastOp::create(b, loc, v.getType(), weight);
+        v = arith::MulFOp::create(b, loc, v, factor);
+        if (spec.bf16Compute)
+          v = emitRoundToBF16(b, loc, v);
+      }
+      k.storeF32(v, q, spec.bf16Block);
+    };
     Value from = k.at(x, k.mul(source, rowBytes));
     Value to = k.at(out, k.mul(row, 64));
     k.loop(whole, 1, [&](Value group) {
@@ -82,6 +103,54 @@ func::FuncOp moe::emitPackKernel(OpBuilder &b, Location loc, const PackKernelSpe
       k.loop(rest, 1, [&](Value column) {
         copy(k.at(p, k.mul(column, elementBytes)), k.at(q, k.mul(column, outBytes)), 1);
       });
+    });
+  });
+  k.finish();
+  return function;
+}
+
+//===----------------------------------------------------------------------===//
+// Normalised rows
+//===----------------------------------------------------------------------===//
+
+std::string moe::getNormalizeKernelName(KernelLevel level, int64_t columns, float epsilon) {
+  return llvm::formatv("moe_normalize_{0}_{1}_{2:x-8}", levelWord(level), columns,
+                       llvm::bit_cast<uint32_t>(epsilon));
+}
+
+func::FuncOp moe::emitNormalizeKernel(OpBuilder &b, Location loc, KernelLevel level,
+                                      int64_t columns, float epsilon) {
+  KernelBuilder k(b, loc);
+  Type ptr = k.ptr(), i64 = k.i64();
+  func::FuncOp function =
+      k.start(getNormalizeKernelName(level, columns, epsilon), level, {ptr, i64, ptr});
+  Value block = function.getArgument(0), rows = function.getArgument(1);
+  Value scale = function.getArgument(2);
+  // Sixteen sums on every level, so that the bits are those of any other. Columns that do not
+  // exist are zero and add nothing.
+  constexpr int64_t lanes = 16;
+  VectorType vector = k.vec(lanes, b.getF32Type());
+  Value groups = k.index(llvm::divideCeil(columns, lanes)), groupBytes = k.mul(rows, 64);
+  k.loop(rows, 1, [&](Value row) {
+    Value base = k.at(block, k.mul(row, 64));
+    auto at = [&](Value group) { return k.at(base, k.mul(group, groupBytes)); };
+    Value zero = splatF32(b, loc, lanes, 0.0f);
+    Value squares =
+        k.loop(groups, 1, ValueRange{zero}, [&](Value group, ValueRange acc) -> SmallVector<Value> {
+          Value v = k.load(vector, at(group));
+          return {vector::FMAOp::create(b, loc, v, v, acc[0])};
+        })[0];
+    Value mean = arith::DivFOp::create(b, loc, k.sum(squares), k.float32(columns));
+    mean = arith::AddFOp::create(b, loc, mean, k.float32(epsilon));
+    Value root = LLVM::SqrtOp::create(b, loc, b.getF32Type(), mean);
+    Value factor = arith::DivFOp::create(b, loc, k.float32(1.0f), root);
+    Value factors = vector::BroadcastOp::create(b, loc, vector, factor);
+    Value last = splatF32(b, loc, lanes, static_cast<float>(1.0 / std::sqrt(double(columns))));
+    k.loop(groups, 1, [&](Value group) {
+      Value v = k.load(vector, at(group));
+      v = arith::MulFOp::create(b, loc, v, factors);
+      v = arith::MulFOp::create(b, loc, v, k.load(vector, k.at(scale, k.mul(group, 64))));
+      k.store(arith::MulFOp::create(b, loc, v, last), at(group));
     });
   });
   k.finish();

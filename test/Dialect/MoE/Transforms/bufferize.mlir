@@ -51,7 +51,7 @@ func.func @overwritten(%g: tensor<?x24xf32>, %off: tensor<2xi32>, %y: tensor<?x2
   // CHECK-NOT: memref.copy
   // CHECK: moe.activate
   %a = moe.combine ins(%g, %off : tensor<?x24xf32>, tensor<2xi32>) outs(%y : tensor<?x24xf32>)
-      #moe.combine -> tensor<?x24xf32>
+      -> tensor<?x24xf32>
   %b = moe.activate ins(%g : tensor<?x24xf32>) outs(%y : tensor<?x24xf32>) {
   ^bb0(%v: f32):
     moe.yield %v : f32

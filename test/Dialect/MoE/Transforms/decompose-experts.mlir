@@ -53,22 +53,22 @@ func.func @dense(%x: tensor<?x32xf32>, %y: tensor<?x32xf32>, %acc: i1,
   // CHECK: moe.activate
   // CHECK: math.erf
   // CHECK: %[[R:.*]] = moe.grouped_matmul {{.*}} outs(%{{.*}} : tensor<?x32xbf16>)
-  // CHECK: moe.combine ins(%[[R]], %[[OFF]] : tensor<?x32xbf16>, tensor<2xi32>) accumulate %[[ACC]] outs(%[[Y]] : tensor<?x32xf32>) #moe.combine
+  // CHECK: moe.combine ins(%[[R]], %[[OFF]] : tensor<?x32xbf16>, tensor<2xi32>) accumulate %[[ACC]] outs(%[[Y]] : tensor<?x32xf32>)
   %z = moe.ffn ins(%x, %w1, %w2 : tensor<?x32xf32>, !moe.weight<1x2x24x32xbf16, panel32>,
       !moe.weight<1x1x32x24xbf16, panel32>) accumulate %acc outs(%y : tensor<?x32xf32>)
       #moe.expert<form = glu, activation = gelu> -> tensor<?x32xf32>
   return %z : tensor<?x32xf32>
 }
 
-// CHECK-LABEL: func.func @declined_clamp(
-func.func @declined_clamp(%x: tensor<?x32xf32>, %y: tensor<?x32xf32>,
+// CHECK-LABEL: func.func @declined_latent(
+func.func @declined_latent(%x: tensor<?x32xf32>, %y: tensor<?x32xf32>,
     %w1: !moe.weight<1x2x24x32xf32, panel32>, %w2: !moe.weight<1x1x32x24xf32, panel32>)
     -> tensor<?x32xf32> {
   // CHECK: moe.ffn
-  // expected-remark @below {{left as it is: no formula for clamp = pre}}
+  // expected-remark @below {{left as it is: no formula for latent = 16}}
   %z = moe.ffn ins(%x, %w1, %w2 : tensor<?x32xf32>, !moe.weight<1x2x24x32xf32, panel32>,
       !moe.weight<1x1x32x24xf32, panel32>) outs(%y : tensor<?x32xf32>)
-      #moe.expert<form = glu, activation = silu, clamp = <kind = pre, limit = 7.0>>
+      #moe.expert<form = glu, activation = silu, latent = 16>
       -> tensor<?x32xf32>
   return %z : tensor<?x32xf32>
 }

@@ -14,7 +14,7 @@ func.func @fused(%h: tensor<?x24xf32>, %off: tensor<5xi32>, %pair: tensor<?xi32>
       -> tensor<?x32xbf16>
   %z = moe.combine ins(%r, %off : tensor<?x32xbf16>, tensor<5xi32>)
       via(%pair, %w slots %k : tensor<?xi32>, tensor<?x2xf32>) accumulate %acc
-      outs(%y : tensor<?x32xf32>) #moe.combine -> tensor<?x32xf32>
+      outs(%y : tensor<?x32xf32>) -> tensor<?x32xf32>
   return %z : tensor<?x32xf32>
 }
 
@@ -26,21 +26,26 @@ func.func @dense(%h: tensor<?x24xf32>, %off: tensor<2xi32>, %r0: tensor<?x32xf32
       weights(%w2 : !moe.weight<1x1x32x24xf32, panel32>) outs(%r0 : tensor<?x32xf32>)
       -> tensor<?x32xf32>
   %z = moe.combine ins(%r, %off : tensor<?x32xf32>, tensor<2xi32>)
-      outs(%y : tensor<?x32xf32>) #moe.combine -> tensor<?x32xf32>
+      outs(%y : tensor<?x32xf32>) -> tensor<?x32xf32>
   return %z : tensor<?x32xf32>
 }
 
-// CHECK-LABEL: func.func @declined_scale(
-func.func @declined_scale(%h: tensor<?x24xf32>, %off: tensor<2xi32>, %r0: tensor<?x32xf32>,
-    %y: tensor<?x32xf32>, %w2: !moe.weight<1x1x32x24xf32, panel32>) -> tensor<?x32xf32> {
-  // CHECK: moe.combine
+// CHECK-LABEL: func.func @clauses(
+// CHECK-SAME: %[[G:[a-z0-9]+]]: tensor<?x1xf32>, %[[S:[a-z0-9]+]]: f32, %[[ACC:[a-z0-9]+]]: i1, %[[FROM:[a-z0-9]+]]: tensor<?x32xf32>
+func.func @clauses(%h: tensor<?x24xf32>, %off: tensor<2xi32>, %r0: tensor<?x32xf32>,
+    %y: tensor<?x32xbf16>, %w2: !moe.weight<1x1x32x24xf32, panel32>,
+    %b: !moe.weight<1x1x32x1xf32, vector32>, %g: tensor<?x1xf32>, %s: f32, %acc: i1,
+    %from: tensor<?x32xf32>) -> tensor<?x32xbf16> {
+  // CHECK: moe.grouped_matmul {{.*}} bias(%{{.*}} : !moe.weight<1x1x32x1xf32, vector32>) combine as f32 gate(%[[G]] : tensor<?x1xf32>) scale %[[S]] accumulate %[[ACC]] from %[[FROM]] : tensor<?x32xf32> outs(
+  // CHECK-NOT: moe.combine
   %r = moe.grouped_matmul rows(%h : tensor<?x24xf32>) groups(%off : tensor<2xi32>)
-      weights(%w2 : !moe.weight<1x1x32x24xf32, panel32>) outs(%r0 : tensor<?x32xf32>)
+      weights(%w2 : !moe.weight<1x1x32x24xf32, panel32>)
+      bias(%b : !moe.weight<1x1x32x1xf32, vector32>) outs(%r0 : tensor<?x32xf32>)
       -> tensor<?x32xf32>
-  // expected-remark @below {{left as it is: no clause for sum_scale = 2.5}}
   %z = moe.combine ins(%r, %off : tensor<?x32xf32>, tensor<2xi32>)
-      outs(%y : tensor<?x32xf32>) #moe.combine<sum_scale = 2.5> -> tensor<?x32xf32>
-  return %z : tensor<?x32xf32>
+      gate(%g : tensor<?x1xf32>) scale %s accumulate %acc from %from : tensor<?x32xf32>
+      outs(%y : tensor<?x32xbf16>) -> tensor<?x32xbf16>
+  return %z : tensor<?x32xbf16>
 }
 
 // CHECK-LABEL: func.func @declined_other_groups(
@@ -53,6 +58,6 @@ func.func @declined_other_groups(%h: tensor<?x24xf32>, %off: tensor<2xi32>,
       -> tensor<?x32xf32>
   // expected-remark @below {{left as it is: matmul and combine have different groups}}
   %z = moe.combine ins(%r, %other : tensor<?x32xf32>, tensor<2xi32>)
-      outs(%y : tensor<?x32xf32>) #moe.combine -> tensor<?x32xf32>
+      outs(%y : tensor<?x32xf32>) -> tensor<?x32xf32>
   return %z : tensor<?x32xf32>
 }

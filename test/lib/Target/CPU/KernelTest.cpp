@@ -21,6 +21,7 @@
 //===----------------------------------------------------------------------===//
 
 #include "../../../tools/AmxEmulator.h"
+#include "moe/Dialect/MoE/IR/MoEDialect.h"
 #include "moe/Target/CPU/Codegen.h"
 #include "moe/Target/CPU/Kernels.h"
 #include "moe/Target/CPU/VectorMath.h"
@@ -287,7 +288,7 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
         s.form = KernelForm::Combine;
         s.bf16Result = !bf16;
         add(s);
-        s.indexed = false;
+        s.indexed = s.weighted = false;
         add(s);
         s = spec;
         if (tileLevel)
@@ -821,7 +822,10 @@ static void checkPanels(const PanelKernelSpec &spec, void *address, std::mt19937
 }
 
 static void checkSelect(const SelectKernelSpec &spec, void *address, std::mt19937 &random) {
-  int64_t experts = spec.experts, chosen = spec.topK, tokens = 40;
+  int64_t experts = spec.experts, chosen = spec.router.getTopK(), tokens = 40;
+  bool scoreFirst = spec.router.getOrder() == RouterOrder::ScoreThenSelect;
+  bool renormalize = spec.router.getRenormalize() == Renormalize::Sum;
+  double epsilon = spec.router.getEpsilon(), scale = spec.router.getScale();
   int64_t padded = (experts + 31) / 32 * 32;
   std::vector<float> logits(tokens * padded, std::numeric_limits<float>::quiet_NaN());
   float inf = std::numeric_limits<float>::infinity();
@@ -891,7 +895,7 @@ static void checkSelect(const SelectKernelSpec &spec, void *address, std::mt1993
     std::sort(order.begin(), order.end(),
               [&](int32_t a, int32_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); });
     double total = 0, sum = 0;
-    for (int64_t e = 0; e < (spec.scoreFirst ? experts : chosen); ++e)
+    for (int64_t e = 0; e < (scoreFirst ? experts : chosen); ++e)
       total += std::exp(double(row[order[e]]) - row[order[0]]);
     std::vector<double> want(chosen);
     for (int64_t j = 0; j < chosen; ++j) {
@@ -899,9 +903,9 @@ static void checkSelect(const SelectKernelSpec &spec, void *address, std::mt1993
       sum += want[j];
     }
     for (int64_t j = 0; j < chosen; ++j) {
-      if (spec.renormalize)
-        want[j] /= sum + spec.epsilon;
-      want[j] *= spec.scale;
+      if (renormalize)
+        want[j] /= sum + epsilon;
+      want[j] *= scale;
       if (got[j] != order[j])
         fail("{0}: token {1} slot {2} expected expert {3}, but got {4}", name, t, j, order[j],
              got[j]);
@@ -940,7 +944,9 @@ int main(int argc, char **argv) {
   registerAllExtensions(registry);
   registerAllToLLVMIRTranslations(registry);
   registerAllPasses();
+  registry.insert<MoEDialect>();
   MLIRContext context(registry);
+  context.loadDialect<MoEDialect>();
   context.loadAllAvailableDialects();
   OwningOpRef<ModuleOp> functions = parseSourceString<ModuleOp>(epilogues, &context);
   if (!functions)
@@ -990,10 +996,16 @@ int main(int argc, char **argv) {
                   {1024, 64}})
     for (bool scoreFirst : {false, true})
       for (bool renormalize : {false, true}) {
-        SelectKernelSpec spec{*level, s.experts, s.chosen, scoreFirst, renormalize};
         ++variant;
-        spec.epsilon = renormalize && variant % 3 ? 1e-20f : 0.0f;
-        spec.scale = variant % 5 ? 1.0f : 2.5f;
+        auto router = RouterAttr::get(
+            &context, ScoreFunction::Softmax,
+            scoreFirst ? RouterOrder::ScoreThenSelect : RouterOrder::SelectThenScore, s.chosen,
+            renormalize ? Renormalize::Sum : Renormalize::None,
+            renormalize && variant % 3 ? 1e-20 : 0.0, /*norm_p=*/2.0, variant % 5 ? 1.0 : 2.5,
+            RouterPrecision::F32, RouterInput::Plain, LogitTransformAttr(), Selection::TopK,
+            SelectionBias::None, GroupsAttr(), /*extra_rows=*/0, /*input_epsilon=*/0.0,
+            /*jitter=*/0.0);
+        SelectKernelSpec spec{*level, s.experts, router};
         spec.copyLogits = variant % 2;
         selects.push_back(spec);
       }

@@ -55,6 +55,7 @@ def MoE_FormatAttr : MoE_Attr<"Format", "format", [
 
 def MoE_PanelLayout : MoE_I32Enum<"PanelLayout", "a packed layout", [
   I32EnumAttrCase<"Panel32", 0, "panel32">,
+  I32EnumAttrCase<"Vector32", 1, "vector32">,
 ]>;
 
 def MoE_LayoutAttr : MoE_Attr<"Layout", "layout", [
@@ -73,6 +74,11 @@ def MoE_LayoutAttr : MoE_Attr<"Layout", "layout", [
     bf16:  pairs of rows:  (k/2)·128 + lane·4 + (k mod 2)·2 bytes
     ```
     Padding is zero. The panels of an expert follow each other, and so do the experts.
+
+    `vector32` is the layout `vector32-1`, for weights that are added to or multiplied with a row
+    instead of with a matrix (one column, f32): a panel is the 32 lanes of one such row, in the
+    order that a `panel32` of as many parts has them. With one part it is a plain vector, padded
+    with zeros to a multiple of 32.
   }];
   let parameters = (ins EnumParameter<MoE_PanelLayout>:$value);
   let assemblyFormat = "`<` $value `>`";
@@ -160,15 +166,23 @@ def MoE_RouterAttr : MoE_Attr<"Router", "router"> {
     * `score_then_select`: s = score(z) over all E experts, then the `top_k` largest s.
     * `select_then_score`: the `top_k` largest z, then s = score(z) over these `top_k` alone.
 
-    Experts are listed by falling score; equal scores by rising id; NaN scores are largest. The
-    weights are s, then `renormalize`: `none`; `sum`: s / (Σs + epsilon); `clamp_sum`:
-    s / max(Σs, epsilon); `lp_norm`: s / (Σ|s|^p)^(1/p) with p = `norm_p`; `joint_shared`: with the
-    scores of shared experts in the sum. Last, weights are multiplied by `scale`.
+    The score is `softmax`, `sigmoid` or `sqrt_softplus`. Experts are listed by falling score; equal
+    scores by rising id; NaN scores are largest. The weights are s, then `renormalize`: `none`;
+    `sum`: s / (Σs + epsilon); `clamp_sum`: s / max(Σs, epsilon); `lp_norm`: s / (Σ|s|^p)^(1/p) with
+    p = `norm_p`; `joint_shared`: with the scores of shared experts in the sum. Last, weights are
+    multiplied by `scale`, and by the operation's vector `expert_scale` where it has one.
 
-    `selection_bias` is added for the choice only; weights come from the score without it.
-    `groups` limits the choice. `select` other than `top_k`, `input` other than `plain` and
-    `extra_rows` (rows of W beyond the E experts) have no lowering yet and are refused by the
-    target by name.
+    `selection_bias` is added, to the `score` or to the `logit`, for the choice only; weights come
+    from the score without it. `groups` limits the choice.
+
+    `input` = `rms_norm`: W is multiplied with x / rms(x) · input_scale · H^-½, where rms(x) is
+    the root of the mean of x² plus `input_epsilon`.
+
+    `select` = `sparse_mixer` chooses two experts: the best, and the best of the others. The weight
+    of each is its softmax over those z that are left after leaving out, for the second, the first
+    choice, and every z with (m − z) / max(|z|, m) > 2·`jitter`, m being the chosen logit.
+
+    What `getUnimplemented` names has no lowering yet and is refused by the target.
 
     Example:
 
@@ -190,7 +204,9 @@ def MoE_RouterAttr : MoE_Attr<"Router", "router"> {
     DefaultValuedParameter<"Selection", "Selection::TopK">:$select,
     DefaultValuedParameter<"SelectionBias", "SelectionBias::None">:$selection_bias,
     OptionalParameter<"GroupsAttr">:$groups,
-    DefaultValuedParameter<"int64_t", "0">:$extra_rows);
+    DefaultValuedParameter<"int64_t", "0">:$extra_rows,
+    MoE_DefaultReal<"0.0", "added to the mean square of rms_norm">:$input_epsilon,
+    MoE_DefaultReal<"0.0", "threshold of sparse_mixer">:$jitter);
   let assemblyFormat = "`<` struct(params) `>`";
   let genVerifyDecl = 1;
   let extraClassDeclaration = [{
@@ -201,7 +217,7 @@ def MoE_RouterAttr : MoE_Attr<"Router", "router"> {
 }
 
 //===----------------------------------------------------------------------===//
-// Experts and combine
+// Experts
 //===----------------------------------------------------------------------===//
 
 def MoE_ExpertForm : MoE_I32Enum<"ExpertForm", "formula of one expert", [
@@ -221,28 +237,18 @@ def MoE_ClampKind : MoE_I32Enum<"ClampKind", "where gate and up are clamped", [
   I32EnumAttrCase<"Post", 2, "post">,
   I32EnumAttrCase<"Tanh", 3, "tanh">,
 ]>;
-def MoE_CombineApply : MoE_I32Enum<"CombineApply", "what a weight multiplies", [
-  I32EnumAttrCase<"Output", 0, "output">,
-  I32EnumAttrCase<"Input", 1, "input">,
-]>;
-def MoE_CombineJoin : MoE_I32Enum<"CombineJoin", "how routed and shared parts are joined", [
-  I32EnumAttrCase<"Add", 0, "add">,
-  I32EnumAttrCase<"Average", 1, "average">,
-]>;
-def MoE_SharedGate : MoE_I32Enum<"SharedGate", "factor of the shared expert", [
-  I32EnumAttrCase<"None", 0, "none">,
-  I32EnumAttrCase<"Sigmoid", 1, "sigmoid">,
-]>;
 
 def MoE_ClampAttr : MoE_Attr<"Clamp", "clamp"> {
   let summary = "limits on gate and up";
   let description = [{
     `pre`: gate ≤ L and |up| ≤ L before the activation. `oai`: pre, then
     (up + 1)·gate·σ(alpha·gate). `post`: act(gate) ≤ L and |up| ≤ L. `tanh`:
-    softcap(gate)·σ(gate)·softcap(up) with softcap(v) = L·tanh(v / L).
+    softcap(gate, L)·σ(gate)·softcap(up, `up_limit`) with softcap(v, c) = c·tanh(v / c). `oai` and
+    `tanh` have no other activation; the attribute's own is not used.
   }];
   let parameters = (ins EnumParameter<MoE_ClampKind>:$kind, MoE_Real<"L">:$limit,
-                        MoE_DefaultReal<"1.0", "factor inside σ of `oai`">:$alpha);
+                        MoE_DefaultReal<"1.0", "factor inside σ of `oai`">:$alpha,
+                        MoE_DefaultReal<"0.0", "limit of up in `tanh`">:$up_limit);
   let assemblyFormat = "`<` struct(params) `>`";
   let genVerifyDecl = 1;
 }
@@ -254,9 +260,10 @@ def MoE_ExpertAttr : MoE_Attr<"Expert", "expert"> {
     weights with one part. Activations: `silu` v·σ(v); `gelu` v·Φ(v); `gelu_tanh` the tanh form;
     `relu` max(v, 0); `relu2` relu squared. NaN stays NaN in all of them.
 
-    `clamp`, `bias` (a bias on both matmuls), `norm` (each expert's output is normalised) and
-    `latent` (experts work on a projection of this size; 0 = none) have no lowering yet and are
-    refused by the target by name.
+    `clamp` needs the form `glu`. `bias`: both matmuls have one, the operands `bias` of the
+    operation; it is added to the f32 sum, before clamp, activation and rounding. `norm` (each
+    expert's output is normalised) and `latent` (experts work on a projection of this size; 0 =
+    none) have no lowering yet and are refused by the target by name.
   }];
   let parameters = (ins
     EnumParameter<MoE_ExpertForm>:$form,
@@ -270,32 +277,6 @@ def MoE_ExpertAttr : MoE_Attr<"Expert", "expert"> {
   let extraClassDeclaration = [{
     /// Parts of the first weight: 2 for glu, 1 for mlp.
     int64_t getParts() const { return getForm() == ExpertForm::Glu ? 2 : 1; }
-    /// As RouterAttr::getUnimplemented.
-    std::string getUnimplemented() const;
-  }];
-}
-
-def MoE_CombineAttr : MoE_Attr<"Combine", "combine"> {
-  let summary = "how expert rows become a token's output";
-  let description = [{
-    Default: y[t] = Σ w·row over the token's experts in ascending order of expert. `apply = input`
-    multiplies x instead (its lowering does not exist yet, nor do those of `sum_scale` other than 1,
-    `shared_width` other than 0, `shared_gate`, `join = average`, `norm`, `bias`).
-  }];
-  let parameters = (ins
-    DefaultValuedParameter<"CombineApply", "CombineApply::Output">:$apply,
-    MoE_DefaultReal<"1.0", "factor of the routed sum">:$sum_scale,
-    DefaultValuedParameter<"int64_t", "0">:$shared_width,
-    DefaultValuedParameter<"SharedGate", "SharedGate::None">:$shared_gate,
-    DefaultValuedParameter<"CombineJoin", "CombineJoin::Add">:$join,
-    DefaultValuedParameter<"bool", "false">:$norm,
-    DefaultValuedParameter<"bool", "false">:$bias);
-  let builders = [AttrBuilder<(ins), [{
-    return $_get($_ctxt, CombineApply::Output, Real(1.0), 0, SharedGate::None, CombineJoin::Add,
-                 false, false);
-  }]>];
-  let assemblyFormat = "(`<` struct(params)^ `>`)?";
-  let extraClassDeclaration = [{
     /// As RouterAttr::getUnimplemented.
     std::string getUnimplemented() const;
   }];

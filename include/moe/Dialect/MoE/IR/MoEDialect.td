@@ -35,10 +35,10 @@ def MoE_Dialect : Dialect {
 
     Attributes of functions: `moe.entry` (`"forward"`, `"route"`, `"experts"`), `moe.compute` (the
     type that activations are rounded to), `moe.target`, `moe.workspace` (the function that computes
-    the size of its workspace). Attributes of function arguments: `moe.arg` (`"x"`, `"y"`,
-    `"weights"`, `"experts"`, `"logits"`, `"accumulate"`, `"weight"`; made by passes: `"offsets"`,
-    `"lanes"`, `"workspace"`, `"tokens"`, `"slots"`) and `moe.weight_index` (position in the layer's
-    weights, with `moe.arg = "weight"`).
+    the size of its workspace). Attributes of function arguments: `moe.arg` (`"x"`, `"router_x"`,
+    `"y"`, `"weights"`, `"experts"`, `"logits"`, `"accumulate"`, `"routed_only"`, `"weight"`; made by
+    passes: `"offsets"`, `"lanes"`, `"workspace"`, `"tokens"`, `"slots"`) and `moe.weight_index`
+    (position in the layer's weights, with `moe.arg = "weight"`).
   }];
   let dependentDialects = ["arith::ArithDialect"];
   let useDefaultTypePrinterParser = 1;

@@ -21,6 +21,13 @@
 #include "mlir/Interfaces/InferTypeOpInterface.h"
 #include "mlir/Interfaces/SideEffectInterfaces.h"
 
+namespace mlir::moe {
+/// The vectors of a router; null where it has none.
+struct RouterVectors {
+  Value bias, selectionBias, expertScale, inputScale;
+};
+} // namespace mlir::moe
+
 #define GET_OP_CLASSES
 #include "moe/Dialect/MoE/IR/MoEOps.h.inc"
 
@@ -31,6 +38,9 @@ namespace mlir::moe {
 /// `#moe.expert`: exp, erf and tanh are `math` operations, division is `arith.divf`, no fast-math
 /// flags. `expert.getUnimplemented()` must be empty.
 void buildExpertEpilogue(OpBuilder &builder, Location loc, Region &region, ExpertAttr expert);
+
+/// Builds in `region` the block of 1 / (1 + exp(−v)), in the same terms.
+void buildSigmoid(OpBuilder &builder, Location loc, Region &region);
 
 } // namespace mlir::moe
 

@@ -43,8 +43,10 @@ def MoE_LayerOp : MoE_Op<"layer", [Symbol, DeclareOpInterfaceMethods<SymbolUserO
   let summary = "name the functions, weights and dimensions of one layer";
   let description = [{
     Equal layers name the same functions. `weights` are in the order of the generated module's
-    weight table: router first (absent in a dense layer), then gate_up, down. `entries` appears when
-    functions have been cloned per level and type; it then replaces `forward`, `route` and `experts`.
+    weight table: router first (absent in a dense layer), then gate_up, down, then what else the
+    layer's attributes ask for. `entries` appears when
+    functions have been cloned per level and type; it then replaces `forward`, `route` and
+    `experts`. `router_x`: a call brings a second input, which the router reads.
 
     Constraints: (C1) a `moe` layer has forward, route and experts, a `dense` one forward alone, or
     either has entries; (C2) every function is a `func.func` of the module, or what an entry has
@@ -66,6 +68,7 @@ def MoE_LayerOp : MoE_Op<"layer", [Symbol, DeclareOpInterfaceMethods<SymbolUserO
     I64Attr:$index,
     TypeAttrOf<MoE_Float>:$compute,
     MoE_DimsAttr:$dims,
+    UnitAttr:$router_x,
     OptionalAttr<FlatSymbolRefAttr>:$forward,
     OptionalAttr<FlatSymbolRefAttr>:$route,
     OptionalAttr<FlatSymbolRefAttr>:$experts,
@@ -73,7 +76,7 @@ def MoE_LayerOp : MoE_Op<"layer", [Symbol, DeclareOpInterfaceMethods<SymbolUserO
     TypedArrayAttrBase<FlatSymbolRefAttr, "weights">:$weights);
   let assemblyFormat = [{
     $sym_name $layer_name `kind` `=` $kind `index` `=` $index `compute` `=` $compute
-    `dims` `=` $dims (`forward` `=` $forward^)? (`route` `=` $route^)? (`experts` `=` $experts^)?
+    `dims` `=` $dims (`router_x` $router_x^)? (`forward` `=` $forward^)? (`route` `=` $route^)? (`experts` `=` $experts^)?
     (`entries` $entries^)? custom<SymbolList>($weights)
     attr-dict-with-keyword
   }];
@@ -109,17 +112,31 @@ def MoE_CodeOp : MoE_Op<"code", [Symbol, DeclareOpInterfaceMethods<SymbolUserOpI
 // Router and dispatch
 //===----------------------------------------------------------------------===//
 
-def MoE_RouterOp : MoE_DpsOp<"router",
-    [DeclareOpInterfaceMethods<OpAsmOpInterface, ["getAsmResultNames"]>]> {
+/// Operands of the routers: x, W, and vectors that attributes or the model ask for.
+defvar routerInputs = (ins
+    Arg<MoE_Rows, "x: activations [T, H]">:$x,
+    Arg<MoE_Weight, "router weight [1, 1, E, H]">:$weight,
+    Arg<Optional<MoE_VectorWeight>, "added to the logits [E]">:$bias,
+    Arg<Optional<MoE_VectorWeight>, "added for the choice alone [E]">:$selection_bias,
+    Arg<Optional<MoE_VectorWeight>, "factor of each expert's weight [E]">:$expert_scale,
+    Arg<Optional<MoE_VectorWeight>, "factor of a normalised x [H]">:$input_scale);
+
+def MoE_RouterOp : MoE_DpsOp<"router", [AttrSizedOperandSegments,
+    DeclareOpInterfaceMethods<OpAsmOpInterface, ["getAsmResultNames"]>]> {
   let summary = "choose K experts per token and their weights";
   let description = [{
     Results, in this order: weights f32[T, K], experts i32[T, K], and, when a third out is given,
-    logits f32[T, E] before `logit_transform`. `compute` is the type that x is rounded to when it is
-    read; without it x is used as it is.
+    logits f32[T, E] with `bias`, before `logit_transform`. `compute` is the type that x is rounded
+    to when it is read; without it x is used as it is. `bias`, `selection_bias`, `expert_scale` and
+    `input_scale` are vectors, see `#moe.router`.
 
     Constraints: (C1) x is [T, H] with H the weight's reduction; (C2) the router weight has one
     expert and one part, and its rows are the E experts plus `extra_rows`; (C3) weights and experts
-    are [T, K] with K = `top_k` ≤ E; (C4) logits are [T, E]; (C5) groups divide E and can hold K.
+    are [T, K] with K = `top_k` ≤ E; (C4) logits are [T, E]; (C5) groups divide E, have two
+    experts for `sum_top2`, and with fill −∞ those that are kept hold K; (C6) `bias`, `selection_bias` and `expert_scale` have E
+    elements, `input_scale` has H; (C7) `selection_bias` and `input_scale` are there exactly when
+    the attributes `selection_bias` and `input` = `rms_norm` ask for them; (C8) `sparse_mixer`
+    comes with `softmax`, without groups, `selection_bias` and renormalisation.
 
     Not promised: anything about the order of equal scores but that lower ids come first.
 
@@ -132,28 +149,39 @@ def MoE_RouterOp : MoE_DpsOp<"router",
         -> tensor<?x8xf32>, tensor<?x8xi32>
     ```
   }];
-  let arguments = (ins
-    Arg<MoE_Rows, "x: activations [T, H]">:$x,
-    Arg<MoE_Weight, "router weight [1, 1, E, H]">:$weight,
+  let arguments = !con(routerInputs, (ins
     Arg<MoE_Weights, "weights of the chosen experts [T, K]">:$out_weights,
     Arg<MoE_Ids, "ids of the chosen experts [T, K]">:$out_experts,
     Arg<Optional<MoE_Weights>, "logits [T, E]">:$out_logits,
     MoE_RouterAttr:$router,
     OptionalAttr<TypeAttrOf<MoE_Float>>:$compute,
-    OptionalAttr<MoE_StrategyAttr>:$strategy);
+    OptionalAttr<MoE_StrategyAttr>:$strategy));
   let results = (outs Variadic<AnyRankedTensor>:$results);
   let assemblyFormat = [{
     `ins` `(` $x `,` $weight `:` type($x) `,` qualified(type($weight)) `)`
+    (`bias` `(` $bias^ `:` qualified(type($bias)) `)`)?
+    (`selection_bias` `(` $selection_bias^ `:` qualified(type($selection_bias)) `)`)?
+    (`expert_scale` `(` $expert_scale^ `:` qualified(type($expert_scale)) `)`)?
+    (`input_scale` `(` $input_scale^ `:` qualified(type($input_scale)) `)`)?
     `outs` `(` $out_weights `,` $out_experts (`,` $out_logits^)? `:`
     type($out_weights) `,` type($out_experts) (`,` type($out_logits)^)? `)`
     qualified($router) (`compute` `=` $compute^)? (`strategy` `=` qualified($strategy)^)?
     attr-dict (`->` type($results)^)?
   }];
-  let builders = [OpBuilder<(ins "Value":$x, "Value":$weight, "ValueRange":$outs,
-                                 "RouterAttr":$router, CArg<"TypeAttr", "{}">:$compute)>];
+  let builders = [OpBuilder<(ins "Value":$x, "Value":$weight, "const RouterVectors &":$vectors,
+                                 "ValueRange":$outs, "RouterAttr":$router,
+                                 CArg<"TypeAttr", "{}">:$compute)>];
   let extraClassDeclaration = [{
     ::mlir::MutableOperandRange getDpsInitsMutable() {
-      return ::mlir::MutableOperandRange(getOperation(), 2, getNumOperands() - 2);
+      unsigned first = getODSOperandIndexAndLength(6).first;
+      return ::mlir::MutableOperandRange(getOperation(), first, getNumOperands() - first);
+    }
+    RouterVectors getVectors() {
+      return {getBias(), getSelectionBias(), getExpertScale(), getInputScale()};
+    }
+    /// E: rows of the weight without `extra_rows`.
+    int64_t getNumExperts() {
+      return getWeight().getType().getRows() - getRouter().getExtraRows();
     }
   }];
   let hasCanonicalizeMethod = 1;
@@ -197,12 +225,12 @@ def MoE_DispatchOp : MoE_DpsOp<"dispatch",
   }];
 }
 
-def MoE_RouteDispatchOp : MoE_DpsOp<"route_dispatch",
-    [DeclareOpInterfaceMethods<OpAsmOpInterface, ["getAsmResultNames"]>]> {
+def MoE_RouteDispatchOp : MoE_DpsOp<"route_dispatch", [AttrSizedOperandSegments,
+    DeclareOpInterfaceMethods<OpAsmOpInterface, ["getAsmResultNames"]>]> {
   let summary = "choose K experts per token and sort the pairs by expert";
   let description = [{
-    `moe.router` followed by `moe.dispatch` of its ids; constraints are those of both:
-    (C1)–(C3) and (C5) of `moe.router`, (C6) offsets has E + 1 elements, (C7) pair has T·K elements.
+    `moe.router` followed by `moe.dispatch` of its ids; constraints are those of both: (C1)–(C3)
+    and (C5)–(C8) of `moe.router`, (C9) offsets has E + 1 elements, (C10) pair has T·K elements.
 
     Example:
 
@@ -215,29 +243,40 @@ def MoE_RouteDispatchOp : MoE_DpsOp<"route_dispatch",
         -> tensor<?x8xf32>, tensor<?x8xi32>, tensor<65xi32>, tensor<?xi32>
     ```
   }];
-  let arguments = (ins
-    Arg<MoE_Rows, "x: activations [T, H]">:$x,
-    Arg<MoE_Weight, "router weight [1, 1, E, H]">:$weight,
+  let arguments = !con(routerInputs, (ins
     Arg<MoE_Weights, "weights of the chosen experts [T, K]">:$out_weights,
     Arg<MoE_Ids, "ids of the chosen experts [T, K]">:$out_experts,
     Arg<MoE_Offsets, "first row of each expert [E + 1]">:$out_offsets,
     Arg<MoE_Pairs, "pair of each sorted row [N]">:$out_pair,
     MoE_RouterAttr:$router,
     OptionalAttr<TypeAttrOf<MoE_Float>>:$compute,
-    OptionalAttr<MoE_StrategyAttr>:$strategy);
+    OptionalAttr<MoE_StrategyAttr>:$strategy));
   let results = (outs Variadic<AnyRankedTensor>:$results);
   let assemblyFormat = [{
     `ins` `(` $x `,` $weight `:` type($x) `,` qualified(type($weight)) `)`
+    (`bias` `(` $bias^ `:` qualified(type($bias)) `)`)?
+    (`selection_bias` `(` $selection_bias^ `:` qualified(type($selection_bias)) `)`)?
+    (`expert_scale` `(` $expert_scale^ `:` qualified(type($expert_scale)) `)`)?
+    (`input_scale` `(` $input_scale^ `:` qualified(type($input_scale)) `)`)?
     `outs` `(` $out_weights `,` $out_experts `,` $out_offsets `,` $out_pair `:`
     type($out_weights) `,` type($out_experts) `,` type($out_offsets) `,` type($out_pair) `)`
     qualified($router) (`compute` `=` $compute^)? (`strategy` `=` qualified($strategy)^)?
     attr-dict (`->` type($results)^)?
   }];
-  let builders = [OpBuilder<(ins "Value":$x, "Value":$weight, "ValueRange":$outs,
-                                 "RouterAttr":$router, CArg<"TypeAttr", "{}">:$compute)>];
+  let builders = [OpBuilder<(ins "Value":$x, "Value":$weight, "const RouterVectors &":$vectors,
+                                 "ValueRange":$outs, "RouterAttr":$router,
+                                 CArg<"TypeAttr", "{}">:$compute)>];
   let extraClassDeclaration = [{
     ::mlir::MutableOperandRange getDpsInitsMutable() {
-      return ::mlir::MutableOperandRange(getOperation(), 2, getNumOperands() - 2);
+      unsigned first = getODSOperandIndexAndLength(6).first;
+      return ::mlir::MutableOperandRange(getOperation(), first, getNumOperands() - first);
+    }
+    RouterVectors getVectors() {
+      return {getBias(), getSelectionBias(), getExpertScale(), getInputScale()};
+    }
+    /// E: rows of the weight without `extra_rows`.
+    int64_t getNumExperts() {
+      return getWeight().getType().getRows() - getRouter().getExtraRows();
     }
   }];
   let hasCanonicalizeMethod = 1;

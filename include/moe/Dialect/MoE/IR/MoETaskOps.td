@@ -88,9 +88,11 @@ def MoE_PackRowsOp : MoE_Op<"pack_rows", [AttrSizedOperandSegments]> {
     ```
     into[(c / G)·R·G + r·G + c mod G] = rows[source(first + r), c]     0 ≤ c < roundup(K, G)
     ```
-    with zeros for c ≥ K. source(n) is n, or pair[n] / k with `via`.
+    with zeros for c ≥ K. source(n) is n, or pair[n] / k with `via`. With `row_weights` each
+    rounded row is multiplied by row_weights[pair[n]] and rounded again.
 
-    Constraints: (C1) via: pair and slots come together; (C2) a block of bf16 has compute = bf16.
+    Constraints: (C1) via: pair and slots come together; (C2) a block of bf16 has compute = bf16;
+    (C3) row_weights come with via.
 
     Example:
 
@@ -103,16 +105,42 @@ def MoE_PackRowsOp : MoE_Op<"pack_rows", [AttrSizedOperandSegments]> {
     Arg<MoE_RowsBuffer, "rows", [MemRead]>:$rows,
     Arg<Optional<MoE_I32Vector>, "pair of each sorted row", [MemRead]>:$pair,
     Arg<Optional<Index>, "slots per token">:$slots,
+    Arg<Optional<MoE_F32Vector>, "factor of each pair's row", [MemRead]>:$row_weights,
     Arg<Index, "first row">:$first,
     Arg<Index, "number of rows">:$count,
     Arg<MoE_BlockVector, "packed block", [MemWrite]>:$out,
     TypeAttrOf<MoE_Float>:$compute);
   let assemblyFormat = [{
     `rows` `(` $rows `:` type($rows) `)` (`via` `(` $pair^ `,` $slots `:` type($pair) `)`)?
+    (`row_weights` `(` $row_weights^ `:` type($row_weights) `)`)?
     `range` `(` $first `,` $count `)` `compute` `=` $compute `into` `(` $out `:` type($out) `)`
     attr-dict
   }];
   let hasVerifier = 1;
+}
+
+def MoE_NormalizeRowsOp : MoE_Op<"normalize_rows"> {
+  let summary = "normalise the rows of a packed block in place";
+  let description = [{
+    Every row r of the `count` rows of the rows16 block `a`, K = rows of `scale`, becomes
+    a[r, c] · f(r) · scale[c] · K^-½ with f(r) = 1 / √(Σ a[r, c]² / K + epsilon), all in f32.
+
+    Example:
+
+    ```mlir
+    moe.normalize_rows count(%mr) a(%a : memref<?xf32>)
+        scale(%s : !moe.weight<1x1x2048x1xf32, vector32>) epsilon = 1.0e-6
+    ```
+  }];
+  let arguments = (ins
+    Arg<Index, "rows of the block">:$count,
+    Arg<MoE_F32Vector, "packed block", [MemRead, MemWrite]>:$a,
+    Arg<MoE_VectorWeight, "factor of each column">:$scale,
+    F64Attr:$epsilon);
+  let assemblyFormat = [{
+    `count` `(` $count `)` `a` `(` $a `:` type($a) `)`
+    `scale` `(` $scale `:` qualified(type($scale)) `)` `epsilon` `=` $epsilon attr-dict
+  }];
 }
 
 def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFromAbove, SingleBlock]> {
@@ -129,14 +157,17 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
       wide gets the real columns alone. Rounded to the matrix's element type.
     * `combine`: every product is rounded to `compute`, then
       scratch[panel][token][lane] = fma(w, product, scratch[…]) with token pair[row + r] / k and
-      weight weights[pair[row + r]]; without pair: token row + r, weight 1. The scratch is
-      [panels, T, 32].
+      w = weights[pair[row + r]], or 1 if `unweighted`; without pair: token row + r,
+      w = gate[row + r], or 1 without gate. `scale` multiplies w. The scratch is [panels, T, 32].
+
+    `bias` is added to the products before anything else: lanes of panel `panel` of expert %e.
 
     Constraints: (C1) count ≤ ukernel.rows at run time; (C2) the region takes one f32 per part and
-    yields one f32; (C3) pair, weights and slots come together, with `combine` only; `compute` with
-    `combine` only; (C4) `row` with `rows` and `combine`; (C5) `blocked` has several parts only with
-    a region; (C6) `a` is bf16, and the weight, where the product is `dot_bf16`, and f32 elsewhere;
-    a blocked result of bf16 comes from such products only.
+    yields one f32; (C3) pair, weights and slots come together; they, `gate`, `scale` and `compute`
+    with `combine` only, `unweighted` with pair, `gate` without; (C4) `row` with `rows` and
+    `combine`; (C5) `blocked` has several parts only with a region; (C6) `a` is bf16, and the weight,
+    where the product is `dot_bf16`, and f32 elsewhere; a blocked result of bf16 comes from such
+    products only; (C7) bias has the experts, parts and rows of the weight.
 
     Example:
 
@@ -160,6 +191,7 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
     Arg<Index, "rows of the block">:$count,
     Arg<MoE_BlockVector, "packed block", [MemRead]>:$a,
     Arg<MoE_Weight, "weight">:$weight,
+    Arg<Optional<MoE_VectorWeight>, "bias">:$bias,
     Arg<Index, "expert">:$expert,
     Arg<Index, "first panel">:$panel,
     Arg<MoE_AnyRowsBuffer, "result", [MemRead, MemWrite]>:$out,
@@ -167,30 +199,46 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
     Arg<Optional<MoE_I32Vector>, "pair of each sorted row", [MemRead]>:$pair,
     Arg<Optional<MoE_F32Vector>, "weight of each pair", [MemRead]>:$weights,
     Arg<Optional<Index>, "slots per token">:$slots,
+    Arg<Optional<MoE_F32Vector>, "weight of each token", [MemRead]>:$gate,
+    Arg<Optional<F32>, "factor of the weights">:$scale,
+    UnitAttr:$unweighted,
     MoE_ResultFormAttr:$form,
     OptionalAttr<TypeAttrOf<MoE_Float>>:$compute,
     MoE_UkernelAttr:$ukernel);
   let regions = (region AnyRegion:$epilogue);
+  let builders = [OpBuilder<(ins "Value":$count, "Value":$a, "Value":$weight, "Value":$expert,
+                                 "Value":$panel, "Value":$out, "Value":$row, "ResultForm":$form,
+                                 "UkernelAttr":$ukernel)>];
+  let extraClassDeclaration = [{
+    /// Null is no bias.
+    void setBias(Value bias);
+    /// The clauses of the form `combine`; null values are clauses that are not there.
+    void setCombine(Value pair, Value weights, Value slots, Value gate, Value scale,
+                    bool unweighted, TypeAttr compute);
+  }];
   let assemblyFormat = [{
     `count` `(` $count `)` `a` `(` $a `:` type($a) `)`
     `weight` `(` $weight `[` $expert `,` $panel `]` `:` qualified(type($weight)) `)`
+    (`bias` `(` $bias^ `:` qualified(type($bias)) `)`)?
     `into` $form `(` $out (`row` $row^)? `:` type($out) `)`
     (`via` `(` $pair^ `,` $weights `slots` $slots `:` type($pair) `,` type($weights) `)`)?
+    (`unweighted` $unweighted^)? (`gate` `(` $gate^ `:` type($gate) `)`)? (`scale` $scale^)?
     (`compute` `=` $compute^)? `ukernel` `=` qualified($ukernel)
     attr-dict-with-keyword ($epilogue^)?
   }];
   let hasVerifier = 1;
 }
 
-def MoE_SelectExpertsOp : MoE_Op<"select_experts"> {
+def MoE_SelectExpertsOp : MoE_Op<"select_experts", [AttrSizedOperandSegments]> {
   let summary = "make weights and experts of rows of logits";
   let description = [{
     Rows 0 … count−1 of the logits scratch belong to tokens first … first + count − 1. Computes what
     `moe.router` computes after the matmul and writes rows first … of the outs; when a third out is
-    given, the E real columns of the logits are copied to it.
+    given, the E real columns of the logits are copied to it. The scratch is used up.
 
     Constraints: (C1) outs are weights f32[T, K] and experts i32[T, K] with K = `top_k`; (C2) the
-    scratch is at least E wide; (C3) E is given when the scratch is padded.
+    scratch is at least E wide; (C3) E is given when the scratch is padded; (C4) selection_bias and
+    expert_scale have E elements, selection_bias is there when the router has one.
 
     Example:
 
@@ -201,9 +249,11 @@ def MoE_SelectExpertsOp : MoE_Op<"select_experts"> {
     ```
   }];
   let arguments = (ins
-    Arg<MoE_F32Matrix, "logits scratch", [MemRead]>:$logits,
+    Arg<MoE_F32Matrix, "logits scratch", [MemRead, MemWrite]>:$logits,
     Arg<Index, "first token">:$first,
     Arg<Index, "number of tokens">:$count,
+    Arg<Optional<MoE_VectorWeight>, "added for the choice alone [E]">:$selection_bias,
+    Arg<Optional<MoE_VectorWeight>, "factor of each expert's weight [E]">:$expert_scale,
     Arg<MoE_F32Matrix, "weights [T, K]", [MemWrite]>:$out_weights,
     Arg<MoE_I32Matrix, "experts [T, K]", [MemWrite]>:$out_experts,
     Arg<Optional<MoE_F32Matrix>, "logits [T, E]", [MemWrite]>:$out_logits,
@@ -212,6 +262,8 @@ def MoE_SelectExpertsOp : MoE_Op<"select_experts"> {
   let assemblyFormat = [{
     `logits` `(` $logits `:` type($logits) `)` `experts` `=` $experts
     `range` `(` $first `,` $count `)`
+    (`selection_bias` `(` $selection_bias^ `:` qualified(type($selection_bias)) `)`)?
+    (`expert_scale` `(` $expert_scale^ `:` qualified(type($expert_scale)) `)`)?
     `outs` `(` $out_weights `,` $out_experts (`,` $out_logits^)? `:`
     type($out_weights) `,` type($out_experts) (`,` type($out_logits)^)? `)`
     qualified($router) attr-dict

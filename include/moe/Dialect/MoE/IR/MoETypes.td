@@ -23,7 +23,10 @@ def MoE_Weight : TypeDef<MoE_Dialect, "Weight"> {
 
     ```mlir
     !moe.weight<64x2x1024x2048xbf16, panel32>
+    !moe.weight<64x2x1024x1xf32, vector32>
     ```
+
+    Layout `vector32` needs one column and format f32.
   }];
   let parameters = (ins
     "int64_t":$experts, "int64_t":$parts, "int64_t":$rows, "int64_t":$cols,
@@ -39,6 +42,11 @@ def MoE_Weight : TypeDef<MoE_Dialect, "Weight"> {
     }]>,
   ];
   let extraClassDeclaration = [{
+    /// A weight of one f32 column in layout vector32.
+    static WeightType getVector(::mlir::MLIRContext *context, int64_t experts, int64_t parts,
+                                int64_t rows);
+    /// Whether the layout is vector32.
+    bool isVector() const;
     /// The reduction dimension after padding, in elements.
     int64_t paddedCols() const;
     /// Panels of one expert.
@@ -58,6 +66,11 @@ def MoE_Weight : TypeDef<MoE_Dialect, "Weight"> {
 
 class MoE_ShapedOf<list<Type> elements, list<int> ranks, string summary>
     : AnyTypeOf<[TensorRankOf<elements, ranks>, StridedMemRefRankOf<elements, ranks>], summary>;
+
+/// A weight of one column.
+def MoE_VectorWeight : Type<And<[MoE_Weight.predicate,
+    CPred<"::llvm::cast<::mlir::moe::WeightType>($_self).isVector()">]>,
+    "weight of layout vector32", "::mlir::moe::WeightType">;
 
 def MoE_Float : AnyTypeOf<[F32, BF16], "f32 or bf16">;
 /// [rows, width] of activations.

@@ -23,8 +23,11 @@ def DecomposeExpertsPass : Pass<"moe-decompose-experts", "::mlir::func::FuncOp">
     result, which is f32 too; the second matmul rounds to the compute type, which is the function's
     `moe.compute`, or the element type of the result where there is none.
 
-    Declines operations on memrefs and expert attributes without a formula (clamps, biases, norms,
-    latent projections): they stay as they are, and the target refuses them by name.
+    Biases go to their matmuls, `gate`, `scale`, `accumulate` and `from` of a `moe.ffn` to its
+    combine.
+
+    Declines operations on memrefs and expert attributes without a formula (norms, latent
+    projections): they stay as they are, and the target refuses them by name.
 
     ```mlir
     %r = moe.experts ins(%x, %off, %pair, %w1, %w2 : …) slots %k outs(%r0 : …)
@@ -104,7 +107,7 @@ def FuseCombinePass : Pass<"moe-fuse-combine", "::mlir::func::FuncOp"> {
     `moe.grouped_matmul` with a combine clause, which rounds products `as` the rows were rounded.
 
     Declines rows that are used elsewhere, rows of other groups, a matmul that has a combine clause,
-    `#moe.combine` attributes other than the default, and operations on memrefs.
+    and operations on memrefs.
   }];
   let dependentDialects = ["::mlir::moe::MoEDialect"];
   let options = [RemarksOption];
