@@ -282,11 +282,21 @@ uint64_t packedFileBytes(const LayerSpec &layer) {
   return bytes;
 }
 
-llvm::Expected<std::vector<PackedTensor>> packLayer(const LayerSpec &layer, WeightReader &reader,
-                                                    llvm::StringRef folder,
-                                                    const std::array<uint8_t, 32> &id,
-                                                    const PackProgress &progress) {
-  constexpr uint64_t blockBytes = 16u << 20;
+uint64_t packingBytes(const LayerSpec &layer, uint64_t blockBytes) {
+  uint64_t most = 0;
+  for (const WeightSpec &weight : layer.weights) {
+    uint64_t rows = rowsPerBlock(weight, blockBytes);
+    int64_t lanes = moec_pack_panel_rows(static_cast<int32_t>(weight.parts));
+    uint64_t block = rows / lanes * panelBytes(weight);
+    // Rows as they are stored, of at most 4 bytes an element, and the same decoded.
+    most = std::max(most, block + 2 * rows * weight.cols * sizeof(float));
+  }
+  return most;
+}
+
+llvm::Expected<std::vector<PackedTensor>>
+packLayer(const LayerSpec &layer, WeightReader &reader, llvm::StringRef folder,
+          const std::array<uint8_t, 32> &id, const PackProgress &progress, uint64_t blockBytes) {
   std::string shown = layer.name + ".safetensors";
   auto created = StagedFile::create((folder + "/" + shown).str(), shown);
   if (!created)
@@ -334,6 +344,8 @@ llvm::Expected<std::vector<PackedTensor>> packLayer(const LayerSpec &layer, Weig
     XXH3_64bits_reset(&hash);
     for (int64_t expert = 0; expert < weight.experts; ++expert)
       for (int64_t row0 = 0; row0 < weight.rows; row0 += step) {
+        if (progress.stopped())
+          return makeError(ErrorCode::IO, shown, "packing to go on", "a failure of another layer");
         int64_t row1 = std::min(weight.rows, row0 + step);
         uint64_t begin = row0 / lanes * panel;
         uint64_t size = (row1 - row0 + lanes - 1) / lanes * panel;

@@ -60,17 +60,22 @@ static std::string target(const PipelineOptions &options) {
 
 static std::string strategy(const PipelineOptions &options) {
   std::string text = "moe-select-strategy";
+  std::vector<std::string> values;
+  if (options.l2Bytes)
+    values.push_back("l2-bytes=" + std::to_string(options.l2Bytes));
   // One line, so that the text of the pipeline can be pasted into a shell.
   if (!options.strategyText.empty()) {
     if (auto value = llvm::json::parse(options.strategyText)) {
       std::string compact;
       llvm::raw_string_ostream(compact) << *value;
-      text += "{overrides=" + compact + "}";
+      values.push_back("overrides=" + compact);
     } else {
       llvm::consumeError(value.takeError());
-      text += "{overrides=" + options.strategyText + "}"; // the pass says what is wrong
+      values.push_back("overrides=" + options.strategyText); // the pass says what is wrong
     }
   }
+  if (!values.empty())
+    text += "{" + llvm::join(values, " ") + "}";
   return text;
 }
 

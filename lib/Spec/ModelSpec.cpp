@@ -206,8 +206,9 @@ bool isFileStem(llvm::StringRef text) {
 llvm::Error checkConsistent(const LayerSpec &layer) {
   LayerCheck check(layer);
   check.require(isFileStem(layer.name), "name",
-                "letters, digits, `.`, `_` and `-`, not starting with `.`",
-                "`" + llvm::json::fixUTF8(layer.name) + "`");
+                "at most 200 letters, digits, `.`, `_` and `-`, not starting with `.`",
+                layer.name.size() > 200 ? std::to_string(layer.name.size()) + " characters"
+                                        : "`" + llvm::json::fixUTF8(layer.name) + "`");
   check.require(layer.index >= 0 && layer.index < Limits::layers, "index",
                 llvm::formatv("from 0 to {0}", Limits::layers - 1).str(),
                 std::to_string(layer.index));

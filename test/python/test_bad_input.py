@@ -170,6 +170,8 @@ def test_quantized_checkpoint(checkpoint):
         (lambda s: s["layers"][0]["router"].update(score="hardmax"), "E-CONFIG", "model"),
         (lambda s: s["layers"][0]["expert"].update(clamp="oai"), "E-UNSUPPORTED|E-CONFIG", "model"),
         (lambda s: s["layers"][0].update(index="3-1"), "E-CONFIG", "model"),
+        (lambda s: s["layers"][0].update(name="a" * 201), "E-CONFIG", "model"),
+        (lambda s: s["layers"][0].update(name="a" * 5000), "E-CONFIG", "model"),
     ],
 )
 def test_spec(original, tmp_path, change, names, kind):
@@ -268,6 +270,20 @@ def test_missing_tensor(checkpoint, name):
     del tensors[name]
     save_file(tensors, path)
     refused(checkpoint, "E-TENSOR", "model", text=name)
+
+
+def test_no_weights_in_the_folder(checkpoint, tmp_path):
+    """A folder is a checkpoint: without weights it is refused with the ways out."""
+    for file in checkpoint.glob("*.safetensors*"):
+        file.unlink()
+    said = refused(checkpoint, "E-TENSOR", "model", text="--checkpoint none")
+    assert "random:SEED" in said and "PATH" in said
+    for model, options in [
+        (checkpoint, ("--checkpoint", "none")),
+        (checkpoint / "config.json", ()),
+    ]:
+        moec_command("compile", model, *options, "-o", tmp_path / "out.moec", "--force", "--quiet")
+        assert not (tmp_path / "out.moec" / "weights").exists()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

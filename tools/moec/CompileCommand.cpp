@@ -89,6 +89,15 @@ static cl::opt<std::string> nameOption("name", cl::desc("Name of the library, a 
                                        cl::value_desc("NAME"), cl::cat(category()),
                                        cl::sub(compileParser()));
 
+static cl::opt<std::string>
+    machineOption("machine", cl::desc("Compile for the machine of this file (moec doctor --save)"),
+                  cl::value_desc("FILE"), cl::cat(category()), cl::sub(compileParser()));
+static cl::opt<int64_t> threadsOption("threads", cl::init(0),
+                                      cl::desc("Layers that are packed at a time (default 0: one "
+                                               "for every CPU that may be used)"),
+                                      cl::value_desc("N"), cl::cat(category()),
+                                      cl::sub(compileParser()));
+
 namespace {
 enum class Emit { Lib, Archive, Obj, Asm, LLVM, MLIR, Header };
 
@@ -100,6 +109,7 @@ struct Request {
   WeightsChoice weights;
   std::optional<std::vector<int64_t>> layers;
   PipelineChoice pipeline;
+  unsigned threads = 1;
   bool isMLIR = false;
 
   bool makesFolder() const { return emit == Emit::Lib || emit == Emit::Archive; }
@@ -141,7 +151,19 @@ static llvm::Expected<Request> understand() {
                      "this version makes no GPU code");
   if (targetOption != "cpu")
     return makeError(ErrorCode::TARGET, "--target", "`cpu`", "`" + targetOption + "`");
-  auto levels = parseLevels(cpuOption);
+  auto threads = parseThreads(threadsOption);
+  if (!threads)
+    return threads.takeError();
+  out.threads = *threads;
+  std::optional<MachineConstants> machine;
+  if (!machineOption.empty()) {
+    auto read = readMachine(machineOption);
+    if (!read)
+      return read.takeError();
+    machine = std::move(*read);
+    out.pipeline.l2Bytes = machine->l2;
+  }
+  auto levels = parseLevels(cpuOption, machine ? &*machine : nullptr);
   if (!levels)
     return levels.takeError();
   out.pipeline.levels = std::move(*levels);
@@ -199,7 +221,8 @@ static const char *formatText(const LayerSpec &layer) {
   return layer.format == Format::F32 ? "f32" : "bf16";
 }
 
-static std::string planText(const ModelSpec &spec, const Request &request, bool packs) {
+static std::string planText(const ModelSpec &spec, const Request &request, bool packs,
+                            uint64_t tensors) {
   std::vector<std::vector<std::string>> rows = {
       {"layers", "kind", "H", "F", "E", "K", "weights", "parameters", "active", "packed"}};
   uint64_t packed = 0;
@@ -226,15 +249,20 @@ static std::string planText(const ModelSpec &spec, const Request &request, bool 
   }
   std::string out = tableText(rows);
   llvm::raw_string_ostream os(out);
-  // Both rates are those of one slow core and a plain disk: the plan should not be too rosy.
-  double compileSeconds = 4.0 * codes.size() * request.pipeline.levels.size();
-  double packSeconds = packs ? packed / 0.6e9 : 0;
+  // The rates are those of a slow core and a plain disk: the plan should not be too rosy.
+  uint64_t parts = codes.size() * request.pipeline.levels.size();
+  PackPlan plan(spec, request.threads);
+  double compileSeconds = 1 + 1.0 * parts;
+  double packSeconds = packs ? packed / 0.6e9 / plan.workers : 0;
+  // As measured: the process with LLVM in it, the code of one layer at one level, and what is kept
+  // of a tensor's name and place. Code is finished before packing begins, but not given back.
+  uint64_t memory = 140'000'000 + 12'000'000 * parts + 800 * tensors + (packs ? plan.memory : 0);
   os << "\ncode     " << codes.size() << " distinct layer" << (codes.size() == 1 ? "" : "s")
      << " for " << request.pipeline.levels.size() << " CPU level"
      << (request.pipeline.levels.size() == 1 ? "" : "s") << ", less than 4 MB\nweights  "
      << (packs ? sizeText(packed) + " packed" : std::string("none")) << "\ntime     about "
      << timeText(std::max(1.0, compileSeconds + packSeconds)) << "\nmemory   about "
-     << sizeText(600e6) << "\n";
+     << sizeText(memory) << "\n";
   if (packs) {
     llvm::StringRef parent = llvm::sys::path::parent_path(output);
     if (auto room = freeSpace(parent.empty() ? llvm::StringRef(".") : parent))
@@ -311,6 +339,13 @@ static llvm::Error work(Request request) {
     auto loaded = loadModelWith(model, request.weights, request.dtype);
     if (!loaded)
       return loaded.takeError();
+    // A folder is a checkpoint; a config.json or a spec describes shapes.
+    if (request.makesFolder() && request.weights.kind == WeightsChoice::Own &&
+        !loaded->checkpoint && llvm::sys::fs::is_directory(model))
+      return makeError(ErrorCode::TENSOR, model, "a checkpoint folder with weights (*.safetensors)",
+                       "none in it",
+                       "say where they come from: --checkpoint none (code alone), random:SEED, or "
+                       "the PATH of a folder");
     spec = std::move(loaded->spec);
     checkpoint = std::move(loaded->checkpoint);
   }
@@ -327,7 +362,7 @@ static llvm::Error work(Request request) {
   bool packs =
       request.makesFolder() && (checkpoint || request.weights.kind == WeightsChoice::Random);
   if (dryRunOption) {
-    llvm::outs() << planText(spec, request, packs);
+    llvm::outs() << planText(spec, request, packs, checkpoint ? checkpoint->size() : 0);
     return llvm::Error::success();
   }
   if (!request.isMLIR)
@@ -393,12 +428,16 @@ static llvm::Error work(Request request) {
     std::string weights = folder + "/weights";
     if (::mkdir(weights.c_str(), 0777))
       return osError("weights", "a folder that can be created", errno);
-    std::unique_ptr<WeightReader> reader =
-        checkpoint ? checkpointWeights(*checkpoint) : randomWeights(request.weights.seed);
     std::vector<std::array<uint8_t, 32>> ids;
     for (const mlir::moe::LayerEntry &layer : table->layers)
       ids.push_back(layer.id);
-    if (llvm::Error error = packModel(spec, ids, *reader, weights))
+    if (llvm::Error error = packModel(
+            spec, ids,
+            [&] {
+              return checkpoint ? checkpointWeights(*checkpoint)
+                                : randomWeights(request.weights.seed);
+            },
+            weights, request.threads))
       return error;
     for (const LayerSpec &layer : spec.layers)
       packed += packedFileBytes(layer);

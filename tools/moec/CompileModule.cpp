@@ -16,6 +16,7 @@
 #include "moe/Import/Import.h"
 #include "moe/InitAll.h"
 #include "moe/Pipelines/Phases.h"
+#include "moe/Runtime/Machine.h"
 #include "moe/Support/Files.h"
 #include "moe/Support/JSON.h"
 #include "moe/Target/CPU/Level.h"
@@ -27,6 +28,7 @@
 #include "mlir/IR/SymbolTable.h"
 #include "mlir/IR/Verifier.h"
 #include "mlir/Parser/Parser.h"
+#include "llvm/ADT/StringExtras.h"
 #include "llvm/Support/FileSystem.h"
 #include "llvm/Support/Path.h"
 #include "llvm/Support/raw_ostream.h"
@@ -85,26 +87,37 @@ llvm::Error checkPipelineChoice(const PipelineChoice &choice) {
   return llvm::Error::success();
 }
 
-/// The best level this machine can run.
-static llvm::Expected<std::string> nativeLevel() {
-  llvm::StringMap<bool> features = llvm::sys::getHostCPUFeatures();
-  auto all = [&](std::initializer_list<const char *> names) {
-    return llvm::all_of(names, [&](const char *name) { return features.lookup(name); });
-  };
-  if (!all({"avx2", "fma", "bmi", "bmi2", "f16c", "lzcnt", "movbe"}))
-    return makeError(ErrorCode::ISA, "--cpu native", "a CPU of level x86-64-v3 or better",
-                     llvm::sys::getHostCPUName(), "name a level to compile for another machine");
-  if (all({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})) {
-    if (all({"avx512bf16", "amx-tile", "amx-bf16"}))
-      return std::string("amx-bf16");
-    // As in the runtime: only where its products are faster than fused multiply-adds.
-    bool amd = llvm::sys::getHostCPUName().starts_with("znver");
-    return std::string(amd && features.lookup("avx512bf16") ? "avx512-bf16" : "x86-64-v4");
+/// Whether code of `level` runs and is faster than that of the level below: as the runtime decides
+/// for this machine, or as a machine file says.
+static bool suits(const moe::CPULevel &level, const MachineConstants *machine) {
+  if (!machine) {
+    const moec_level_info *info = moec_find_level(level.name.str().c_str());
+    return info && !moec_missing_feature(info) && !moec_slow_feature(info);
   }
-  return std::string("x86-64-v3");
+  auto rate = [&](const char *instruction) {
+    auto found = machine->flops.find(instruction);
+    return found == machine->flops.end() ? 0.0 : found->second.all;
+  };
+  return llvm::is_contained(machine->levels, level.name) &&
+         (!level.bf16Products ||
+          rate(level.tiles ? "amx_bf16" : "dpbf16_512") > rate("fma_f32_512"));
 }
 
-llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text) {
+static llvm::Expected<std::string> nativeLevel(const MachineConstants *machine) {
+  const moe::CPULevel *best = nullptr;
+  for (const moe::CPULevel &level : moe::cpuLevels())
+    if (level.implemented && suits(level, machine) && (!best || level.rank > best->rank))
+      best = &level;
+  if (!best)
+    return makeError(ErrorCode::ISA, "--cpu native",
+                     "a CPU that runs " + moe::implementedLevelNames(),
+                     machine ? machine->cpu : llvm::sys::getHostCPUName().str(),
+                     "name a level to compile for another machine");
+  return best->name.str();
+}
+
+llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text,
+                                                     const MachineConstants *machine) {
   std::vector<std::string> out;
   if (text == "multi") {
     for (const moe::CPULevel &level : moe::cpuLevels())
@@ -113,7 +126,7 @@ llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text) {
     return out;
   }
   if (text == "native") {
-    auto level = nativeLevel();
+    auto level = nativeLevel(machine);
     if (!level)
       return level.takeError();
     return std::vector<std::string>{*level};
@@ -143,6 +156,34 @@ llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text) {
   return out;
 }
 
+/// Keys and values that the text of a pass pipeline can carry: its reader counts braces.
+static bool isPlain(llvm::StringRef text) {
+  return llvm::all_of(
+      text, [](char c) { return llvm::isAlnum(c) || llvm::StringRef("_.*-").contains(c); });
+}
+
+/// Whether `section` holds functions, of matmuls, of fields; what the fields may be is the pass's
+/// to say.
+static bool isStrategy(const llvm::json::Value &section) {
+  const llvm::json::Object *functions = section.getAsObject();
+  if (!functions)
+    return false;
+  for (const auto &[function, matmulsValue] : *functions) {
+    const llvm::json::Object *matmuls = matmulsValue.getAsObject();
+    if (!matmuls || !isPlain(function))
+      return false;
+    for (const auto &[matmul, fieldsValue] : *matmuls) {
+      const llvm::json::Object *fields = fieldsValue.getAsObject();
+      if (!fields || !isPlain(matmul))
+        return false;
+      for (const auto &[field, value] : *fields)
+        if (!isPlain(field) || !isPlain(value.getAsString().value_or("")))
+          return false;
+    }
+  }
+  return true;
+}
+
 /// The strategy section of a manifest: the section alone, or a whole manifest.
 static llvm::Expected<std::string> readStrategy(const std::string &path) {
   if (path.empty())
@@ -160,21 +201,11 @@ static llvm::Expected<std::string> readStrategy(const std::string &path) {
   if (const llvm::json::Object *manifest = value->getAsObject())
     if (const llvm::json::Value *inner = manifest->get("strategy"))
       section = inner;
-  // Function to matmul to fields; what the fields may be is the pass's to say.
-  const llvm::json::Object *functions = section->getAsObject();
-  bool good = functions != nullptr;
-  if (good)
-    for (const auto &function : *functions) {
-      const llvm::json::Object *matmuls = function.second.getAsObject();
-      good &= matmuls != nullptr;
-      if (matmuls)
-        for (const auto &matmul : *matmuls)
-          good &= matmul.second.getAsObject() != nullptr;
-    }
-  if (!good)
+  if (!isStrategy(*section))
     return makeError(ErrorCode::ARGUMENT, "--strategy: " + path,
-                     "an object of functions, of matmuls, of fields", "another JSON value",
-                     "start from the strategy section of a manifest.json");
+                     "an object of functions, of matmuls, of fields, named with letters, digits, "
+                     "`_`, `.`, `-` and `*`",
+                     "another JSON value", "start from the strategy section of a manifest.json");
   return canonicalText(*section);
 }
 
@@ -186,6 +217,7 @@ static llvm::Expected<moe::PipelineOptions> pipelineOptions(const PipelineChoice
   if (!strategy)
     return strategy.takeError();
   options.strategyText = std::move(*strategy);
+  options.l2Bytes = choice.l2Bytes;
   return options;
 }
 
@@ -293,7 +325,25 @@ llvm::Expected<ModelSpec> ModuleCompiler::spec() {
     auto value = parseJSON(text.getValue(), specAttribute, ErrorCode::CONFIG);
     if (!value)
       return value.takeError();
-    return fromJSON(*value, specAttribute);
+    auto spec = fromJSON(*value, specAttribute);
+    if (!spec)
+      return spec;
+    // Both can be edited by hand.
+    size_t number = 0;
+    for (moe::LayerOp layer : (*impl->module).getOps<moe::LayerOp>()) {
+      std::string known = number < spec->layers.size() ? spec->layers[number].name : "no layer";
+      if (layer.getLayerName() != known)
+        return makeError(ErrorCode::CONFIG, specAttribute, "layer `" + layer.getLayerName() + "`",
+                         "`" + known + "`",
+                         "the attribute describes the module; edit both, or remove it");
+      ++number;
+    }
+    if (number != spec->layers.size())
+      return makeError(ErrorCode::CONFIG, specAttribute,
+                       llvm::Twine(number) + " layers as in the module",
+                       llvm::Twine(spec->layers.size()),
+                       "the attribute describes the module; edit both, or remove it");
+    return spec;
   }
   auto spec = readModel(*impl->module);
   if (spec)
@@ -346,8 +396,8 @@ static void printRemarks(mlir::ModuleOp module) {
         auto [registers, lanes] = moe::UkernelAttr::getRegisterFile(kernel.getLevel());
         os << "remark: " << function.getSymName() << ": " << op->getName() << ": "
            << kernel.getRows() << " rows x " << kernel.getPanels() << " panel(s) use "
-           << moe::UkernelAttr::getRegistersNeeded(kernel.getRows(), vectors) << " of " << registers
-           << " registers of " << lanes << " floats, products by "
+           << moe::UkernelAttr::getRegistersNeeded(kernel.getRows(), vectors, kernel.getOrder())
+           << " of " << registers << " registers of " << lanes << " floats, products by "
            << moe::stringifyKernelProduct(kernel.getProduct()) << "; chunks of "
            << strategy.getChunkRows() << " rows, " << strategy.getPanelsPerTask()
            << " panels a task, rows from " << moe::stringifyRowSource(strategy.getSource())

@@ -9,6 +9,7 @@
 #define MOEC_TOOL_COMPILEMODULE_H
 
 #include "moe/Spec/ModelSpec.h"
+#include "moe/Support/Machine.h"
 #include "moe/Target/CPU/Codegen.h"
 #include "moe/Target/CPU/ModuleTable.h"
 
@@ -29,6 +30,7 @@ struct PipelineChoice {
   std::string from, to;            ///< phases; empty: the first, the last
   std::string dumpFolder;          ///< --dump-phases
   std::string strategyFile;        ///< --strategy
+  int64_t l2Bytes = 0;             ///< of --machine; 0: unknown
   std::vector<std::string> disabledPasses;
   bool remarks = false;
 };
@@ -36,8 +38,10 @@ struct PipelineChoice {
 /// E-ARGUMENT for an unknown phase or pass, E-TARGET for a level that cannot be emitted.
 llvm::Error checkPipelineChoice(const PipelineChoice &choice);
 
-/// --cpu: "native", "multi" or names of levels.
-llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text);
+/// --cpu: "native", "multi" or names of levels. "native" is the best level of `machine`, else of
+/// this machine.
+llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text,
+                                                     const MachineConstants *machine = nullptr);
 
 /// The `moe-opt` command of every phase.
 llvm::Expected<std::string> pipelineText(const PipelineChoice &choice);

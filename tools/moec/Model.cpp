@@ -11,8 +11,13 @@
 #include "Log.h"
 
 #include "moe/Export/Output.h"
+#include "moe/Runtime/Machine.h"
+#include "moe/Support/Parallel.h"
 
 #include "llvm/ADT/StringExtras.h"
+
+#include <atomic>
+#include <mutex>
 
 namespace moec::tool {
 
@@ -60,8 +65,23 @@ llvm::Expected<LoadedModel> loadModelWith(llvm::StringRef path, const WeightsCho
   return loaded;
 }
 
+llvm::Expected<unsigned> parseThreads(int64_t value) {
+  if (value < 0 || value > 4095)
+    return makeError(ErrorCode::ARGUMENT, "--threads", "0 to 4095", llvm::Twine(value));
+  return value ? static_cast<unsigned>(value) : static_cast<unsigned>(moec_cpus_allowed());
+}
+
+PackPlan::PackPlan(const ModelSpec &spec, unsigned threads)
+    : workers(std::clamp<size_t>(threads, 1, std::max<size_t>(1, spec.layers.size()))),
+      blockBytes(std::clamp<uint64_t>((64u << 20) / workers, 1u << 20, packBlockBytes)), memory(0) {
+  for (const LayerSpec &layer : spec.layers)
+    memory = std::max(memory, packingBytes(layer, blockBytes));
+  memory *= workers;
+}
+
 llvm::Error packModel(const ModelSpec &spec, llvm::ArrayRef<std::array<uint8_t, 32>> ids,
-                      WeightReader &reader, llvm::StringRef folder) {
+                      llvm::function_ref<std::unique_ptr<WeightReader>()> makeReader,
+                      llvm::StringRef folder, unsigned threads) {
   uint64_t total = 0;
   for (const LayerSpec &layer : spec.layers)
     total += packedFileBytes(layer);
@@ -69,16 +89,36 @@ llvm::Error packModel(const ModelSpec &spec, llvm::ArrayRef<std::array<uint8_t, 
     return makeError(ErrorCode::SPACE, "weights", sizeText(total) + " of free disk space",
                      sizeText(*room),
                      "free some space, choose another folder, or pack fewer layers");
+  PackPlan plan(spec, threads);
+  std::vector<std::unique_ptr<WeightReader>> readers;
+  for (unsigned i = 0; i < plan.workers; ++i)
+    readers.push_back(makeReader());
   Progress progress("pack", total, "bytes");
+  std::mutex mutex; // of progress
+  std::atomic<bool> stop{false};
   PackProgress report;
-  report.advance = [&](uint64_t bytes) { progress.advance(bytes); };
-  for (auto [i, layer] : llvm::enumerate(spec.layers)) {
-    progress.label(layer.name);
-    auto packed = packLayer(layer, reader, folder, ids[i], report);
-    if (!packed)
-      return packed.takeError();
-  }
-  return llvm::Error::success();
+  report.advance = [&](uint64_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex);
+    progress.advance(bytes);
+  };
+  report.stopped = [&] { return stop.load(); };
+  return parallelFor(
+      spec.layers.size(), plan.workers, [&](unsigned worker, size_t i) -> llvm::Error {
+        {
+          std::lock_guard<std::mutex> lock(mutex);
+          progress.label(spec.layers[i].name);
+        }
+        auto packed =
+            packLayer(spec.layers[i], *readers[worker], folder, ids[i], report, plan.blockBytes);
+        if (packed)
+          return llvm::Error::success();
+        // The first to fail has something to say; the others were stopped, or come too late.
+        llvm::Error error = packed.takeError();
+        if (!stop.exchange(true))
+          return error;
+        llvm::consumeError(std::move(error));
+        return llvm::Error::success();
+      });
 }
 
 std::string tableText(const std::vector<std::vector<std::string>> &rows) {

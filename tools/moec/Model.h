@@ -11,6 +11,9 @@
 #include "moe/Export/Weights.h"
 #include "moe/Spec/Load.h"
 
+#include "llvm/ADT/STLFunctionalExtras.h"
+
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -32,10 +35,22 @@ llvm::Expected<WeightsChoice> parseWeightsChoice(llvm::StringRef text);
 llvm::Expected<LoadedModel> loadModelWith(llvm::StringRef path, const WeightsChoice &weights,
                                           std::optional<Format> dtype);
 
-/// Packs all layers of `spec` into `folder` with progress. `ids`: one for each layer. Refuses
-/// before the first byte when the disk is too small (E-SPACE).
+/// --threads: 0 to 4095; 0 is one for every CPU that this process may use. E-ARGUMENT.
+llvm::Expected<unsigned> parseThreads(int64_t value);
+
+/// How `threads` threads pack a model: a layer each, in blocks that bound what all take together.
+struct PackPlan {
+  PackPlan(const ModelSpec &spec, unsigned threads);
+  unsigned workers;
+  uint64_t blockBytes;
+  uint64_t memory; ///< of all workers
+};
+
+/// Packs all layers of `spec` into `folder` with progress. `ids`: one for each layer; `makeReader`
+/// is called for every worker. Refuses before the first byte when the disk is too small (E-SPACE).
 llvm::Error packModel(const ModelSpec &spec, llvm::ArrayRef<std::array<uint8_t, 32>> ids,
-                      WeightReader &reader, llvm::StringRef folder);
+                      llvm::function_ref<std::unique_ptr<WeightReader>()> makeReader,
+                      llvm::StringRef folder, unsigned threads);
 
 /// A printed table: the first row is the heading; columns that hold only numbers are right-aligned.
 std::string tableText(const std::vector<std::vector<std::string>> &rows);

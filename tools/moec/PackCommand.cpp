@@ -27,6 +27,11 @@ static cl::opt<std::string> output("o", cl::Required, cl::desc("Folder of packed
                                    cl::sub(packParser()));
 static cl::opt<bool> force("force", cl::desc("Replace an existing folder of packed weights"),
                            cl::cat(category()), cl::sub(packParser()));
+static cl::opt<int64_t> threadsOption("threads", cl::init(0),
+                                      cl::desc("Layers that are packed at a time (default 0: one "
+                                               "for every CPU that may be used)"),
+                                      cl::value_desc("N"), cl::cat(category()),
+                                      cl::sub(packParser()));
 
 /// The layers of `manifest`, found by name in the checkpoint's own spec and compared with it.
 static llvm::Expected<ModelSpec> matchLayers(const Manifest &manifest, const ModelSpec &spec) {
@@ -57,13 +62,16 @@ static llvm::Expected<ModelSpec> matchLayers(const Manifest &manifest, const Mod
 }
 
 static llvm::Error work() {
+  auto threads = parseThreads(threadsOption);
+  if (!threads)
+    return threads.takeError();
   auto manifest = readManifest(folder);
   if (!manifest)
     return manifest.takeError();
   std::vector<std::array<uint8_t, 32>> ids;
   for (const Manifest::Layer &layer : manifest->layers)
     ids.push_back(layer.id);
-  std::unique_ptr<WeightReader> reader;
+  std::function<std::unique_ptr<WeightReader>()> makeReader;
   ModelSpec spec;
   std::unique_ptr<Checkpoint> checkpoint;
   llvm::StringRef text = source;
@@ -72,7 +80,7 @@ static llvm::Error work() {
     if (!choice)
       return choice.takeError();
     spec = manifest->spec;
-    reader = randomWeights(choice->seed);
+    makeReader = [seed = choice->seed] { return randomWeights(seed); };
   } else {
     // The code's formats decide, not the checkpoint's: a bf16 checkpoint can serve f32 code.
     auto loaded = loadModelWith(source, WeightsChoice(), manifest->spec.dtype);
@@ -86,9 +94,9 @@ static llvm::Error work() {
       return matched.takeError();
     spec = std::move(*matched);
     checkpoint = std::move(loaded->checkpoint);
-    reader = checkpointWeights(*checkpoint);
+    makeReader = [&] { return checkpointWeights(*checkpoint); };
   }
-  return packModel(spec, ids, *reader, stageFolder + "/output");
+  return packModel(spec, ids, makeReader, stageFolder + "/output", *threads);
 }
 
 static int run() {

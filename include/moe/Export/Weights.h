@@ -69,7 +69,14 @@ std::unique_ptr<WeightReader> checkpointWeights(const Checkpoint &checkpoint);
 struct PackProgress {
   /// Called with packed bytes since the last call.
   std::function<void(uint64_t bytes)> advance = [](uint64_t) {};
+  /// Asked between blocks: packing that is not wanted any more ends with an error of no interest.
+  std::function<bool()> stopped = [] { return false; };
 };
+
+/// Bytes of packed panels that packLayer holds at a time.
+constexpr uint64_t packBlockBytes = 16u << 20;
+/// Anonymous memory that packLayer takes at most: a block and the rows that it is made of.
+uint64_t packingBytes(const LayerSpec &layer, uint64_t blockBytes = packBlockBytes);
 
 /// One tensor of a packed file, as written.
 struct PackedTensor {
@@ -78,12 +85,14 @@ struct PackedTensor {
 };
 
 /// `id` is the layer's identity (layerId). Packs one layer into `folder`/<layer>.safetensors (it
-/// must not exist) with at most about 64 MiB of memory of its own. E-NONFINITE names tensor and
-/// element; E-SPACE, E-IO; a failed file is the caller's to remove (it stages).
+/// must not exist) with packingBytes() of memory. The bytes do not depend on `blockBytes`.
+/// E-NONFINITE names tensor and element; E-SPACE, E-IO; a failed file is the caller's to remove (it
+/// stages). Layers can be packed at the same time, each with a reader of its own.
 llvm::Expected<std::vector<PackedTensor>> packLayer(const LayerSpec &layer, WeightReader &reader,
                                                     llvm::StringRef folder,
                                                     const std::array<uint8_t, 32> &id,
-                                                    const PackProgress &progress = {});
+                                                    const PackProgress &progress = {},
+                                                    uint64_t blockBytes = packBlockBytes);
 
 /// Bytes of the packed file of a layer.
 uint64_t packedFileBytes(const LayerSpec &layer);

@@ -27,7 +27,7 @@ namespace {
 /// The fields of a strategy that a person can change.
 struct Fields {
   int64_t rows = 0, panels = 0, prefetch = 0, chunkRows = 0, panelsPerTask = 0;
-  KernelOrder order = KernelOrder::BFirst;
+  std::optional<KernelOrder> order;           // not said: the one with fewer live registers
   KernelProduct product = KernelProduct::Fma; // not to be changed: it decides the bits
 };
 
@@ -64,10 +64,16 @@ static bool matches(StringRef pattern, StringRef text) {
   return false;
 }
 
+/// The order that needs fewer registers: with fewer rows than vectors, rows are broadcast first.
+static KernelOrder bestOrder(const CPULevel &level, int64_t rows, int64_t panels) {
+  return rows < panels * 32 / int64_t(level.lanes()) ? KernelOrder::AFirst : KernelOrder::BFirst;
+}
+
 /// Rows that the register file allows for a kernel of `panels` panels.
 static int64_t mostRows(const CPULevel &level, int64_t panels) {
   int64_t vectors = panels * 32 / level.lanes(), rows = 0;
-  while (UkernelAttr::getRegistersNeeded(rows + 1, vectors) <= int64_t(level.vectorRegisters))
+  while (UkernelAttr::getRegistersNeeded(rows + 1, vectors, bestOrder(level, rows + 1, panels)) <=
+         int64_t(level.vectorRegisters))
     ++rows;
   return rows;
 }
@@ -84,20 +90,17 @@ static KernelProduct productOf(GroupedMatmulOp matmul, const CPULevel &level) {
 }
 
 /// Defaults by level and shape. The reasons are measurements: a block as tall as the registers
-/// allow reads every weight once per 14 (or 3) rows; chunks keep the packed rows of a lane below
-/// 1 MB of L2; four panels a task share one pass over the rows.
+/// allow reads every weight once per 14 (or 3) rows; chunks keep the packed rows of a lane in
+/// `l2Bytes` of L2; four panels a task share one pass over the rows.
 static Fields defaults(const CPULevel &level, WeightType weight, bool combine,
-                       KernelProduct product) {
+                       KernelProduct product, int64_t l2Bytes) {
   Fields fields;
   fields.product = product;
   fields.panels = 1;
   fields.rows = product == KernelProduct::TileBF16 ? 32 : mostRows(level, 1);
-  // With fewer rows than vectors, broadcasting the rows first leaves fewer live registers.
-  fields.order =
-      fields.rows < 32 / int64_t(level.lanes()) ? KernelOrder::AFirst : KernelOrder::BFirst;
   fields.prefetch = 1024;
   int64_t elementBytes = product == KernelProduct::Fma ? 4 : 2;
-  int64_t fit = (int64_t(1) << 20) / (elementBytes * weight.getCols());
+  int64_t fit = l2Bytes / (elementBytes * weight.getCols());
   fit = std::clamp<int64_t>(fit, 4 * fields.rows, 512);
   // A whole number of blocks, so that no chunk ends in a thin one.
   fields.chunkRows = fit / fields.rows * fields.rows;
@@ -205,8 +208,9 @@ FailureOr<StrategyAttr> SelectStrategyPass::build(Operation *op, const CPULevel 
                                                   const Fields &fields, RowSource source,
                                                   ResultForm result) {
   auto emit = [&] { return op->emitOpError("illegal strategy: "); };
+  KernelOrder order = fields.order.value_or(bestOrder(level, fields.rows, fields.panels));
   auto kernel = UkernelAttr::getChecked(emit, &getContext(), level.name, fields.rows, fields.panels,
-                                        fields.order, fields.prefetch, fields.product);
+                                        order, fields.prefetch, fields.product);
   if (!kernel)
     return failure();
   auto strategy = StrategyAttr::getChecked(emit, &getContext(), kernel, fields.chunkRows,
@@ -229,7 +233,7 @@ LogicalResult SelectStrategyPass::select(func::FuncOp func, const CPULevel &leve
     auto choose = [&](WeightType weight, const Twine &name, RowSource source, ResultForm result,
                       bool combine, Value offsets, StrategyAttr before,
                       KernelProduct product = KernelProduct::Fma) -> LogicalResult {
-      Fields fields = defaults(level, weight, combine, product);
+      Fields fields = defaults(level, weight, combine, product, l2Bytes);
       // The matmuls of one group walk the same list of chunks and, where the rows between them
       // stay in blocks, the same blocks. Combines of one chain walk the same panels.
       auto shared = offsets ? groups.find(offsets) : groups.end();

@@ -127,19 +127,19 @@ func.func private @ukernel_tiles_level() attributes {test.attribute = #moe.ukern
 // -----
 
 // ukernel_v4_rows
-// expected-error @below {{expected a micro-kernel in the 32 registers of x86-64-v4, but got rows = 15, panels = 1, which need 33}}
+// expected-error @below {{expected a micro-kernel in the 32 registers of x86-64-v4, but got rows = 15, panels = 1, order = b_first, which need 33}}
 func.func private @ukernel_v4_rows() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 15, panels = 1>}
 
 // -----
 
 // ukernel_v4_panels
-// expected-error @below {{expected a micro-kernel in the 32 registers of x86-64-v4, but got rows = 7, panels = 2, which need 33}}
+// expected-error @below {{expected a micro-kernel in the 32 registers of x86-64-v4, but got rows = 7, panels = 2, order = b_first, which need 33}}
 func.func private @ukernel_v4_panels() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 7, panels = 2>}
 
 // -----
 
 // ukernel_v3_rows
-// expected-error @below {{expected a micro-kernel in the 16 registers of x86-64-v3, but got rows = 4, panels = 1, which need 21}}
+// expected-error @below {{expected a micro-kernel in the 16 registers of x86-64-v3, but got rows = 4, panels = 1, order = b_first, which need 21}}
 func.func private @ukernel_v3_rows() attributes {test.attribute = #moe.ukernel<level = "x86-64-v3", rows = 4, panels = 1>}
 
 // -----
@@ -150,8 +150,32 @@ func.func private @ukernel_rows() attributes {test.attribute = #moe.ukernel<leve
 
 // -----
 
+// ukernel_v4_order
+// expected-error @below {{expected a micro-kernel in the 32 registers of x86-64-v4, but got rows = 14, panels = 1, order = a_first, which need 43}}
+func.func private @ukernel_v4_order() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 14, panels = 1, order = a_first>}
+
+// -----
+
+// ukernel_v3_order
+// expected-error @below {{expected a micro-kernel in the 16 registers of x86-64-v3, but got rows = 3, panels = 1, order = b_first, which need 17}}
+func.func private @ukernel_v3_order() attributes {test.attribute = #moe.ukernel<level = "x86-64-v3", rows = 3, panels = 1>}
+
+// -----
+
+// ukernel_v4_most_panels
+// expected-error @below {{expected panels in [1, 4] at x86-64-v4, but got 5}}
+func.func private @ukernel_v4_most_panels() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 1, panels = 5>}
+
+// -----
+
+// ukernel_v3_most_panels
+// expected-error @below {{expected panels in [1, 2] at x86-64-v3, but got 3}}
+func.func private @ukernel_v3_most_panels() attributes {test.attribute = #moe.ukernel<level = "x86-64-v3", rows = 1, panels = 3, order = a_first>}
+
+// -----
+
 // ukernel_prefetch
-// expected-error @below {{expected prefetch to be at least 0 bytes, but got -64}}
+// expected-error @below {{expected prefetch in [0, 1048576] bytes, but got -64}}
 func.func private @ukernel_prefetch() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 1, panels = 1, prefetch = -64>}
 
 // -----

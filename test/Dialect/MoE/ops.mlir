@@ -213,7 +213,7 @@ func.func @tasks(%x: memref<?x2048xbf16, strided<[?, 1]>>, %y: memref<?x2048xbf1
     moe.gemm_tile count(%c1) a(%a : memref<?xf32>)
         weight(%w1[%i, %lane] : !moe.weight<64x2x1024x2048xbf16, panel32>)
         into rows(%r row %i : memref<?x1024xf32>)
-        ukernel = #moe.ukernel<level = "x86-64-v3", rows = 3, panels = 1> {
+        ukernel = #moe.ukernel<level = "x86-64-v3", rows = 3, panels = 1, order = a_first> {
     ^bb0(%gate: f32, %up: f32):
       %m = arith.mulf %gate, %up : f32
       moe.yield %m : f32

@@ -118,7 +118,9 @@ struct GemmKernelSpec {
   /// Vector registers per panel.
   int64_t getVectorsPerPanel() const { return 32 / getLevelLanes(level); }
   /// More panels would run out of address registers, or of vector registers for widened weights.
-  static int64_t getMaxPanels(KernelLevel level) { return level == KernelLevel::V3 ? 2 : 4; }
+  static int64_t getMaxPanels(KernelLevel level) {
+    return UkernelAttr::getMaxPanels(getLevelName(level));
+  }
   /// The order that is emitted.
   bool isBFirst() const;
   /// Vector registers of a step: the accumulators, the operand that is held whole, and one for the

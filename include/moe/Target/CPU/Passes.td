@@ -48,8 +48,8 @@ def MoESelectStrategy : Pass<"moe-select-strategy", "::mlir::ModuleOp"> {
   let summary = "Choose the schedule of every matmul and write it down";
   let description = [{
     Writes `strategy = #moe.strategy<...>` on every `moe.grouped_matmul`, `moe.router` and
-    `moe.route_dispatch` of functions with a `moe.target`. Deterministic: it depends on the level
-    and the shape alone. Later passes obey. `overrides` changes single fields; the result is
+    `moe.route_dispatch` of functions with a `moe.target`. Deterministic: it depends on the level,
+    the shape and `l2-bytes` alone. Later passes obey. `overrides` changes single fields; the result is
     verified, so an illegal strategy is an error and never a slower kernel.
 
     ```json
@@ -67,7 +67,9 @@ def MoESelectStrategy : Pass<"moe-select-strategy", "::mlir::ModuleOp"> {
     Option<"overrides", "overrides", "std::string", /*default=*/"\"\"",
            "JSON text of changed fields">,
     Option<"overridesFile", "overrides-file", "std::string", /*default=*/"\"\"",
-           "file with that JSON text">
+           "file with that JSON text">,
+    Option<"l2Bytes", "l2-bytes", "int64_t", /*default=*/"1048576",
+           "bytes of a core's L2 cache, which the packed rows of a lane should fit">
   ];
   let dependentDialects = ["::mlir::moe::MoEDialect"];
 }

@@ -306,8 +306,10 @@ std::pair<int64_t, int64_t> UkernelAttr::getRegisterFile(StringRef level) {
   return {0, 0};
 }
 
-int64_t UkernelAttr::getRegistersNeeded(int64_t rows, int64_t vectors) {
-  return rows * vectors + std::min(rows, vectors) + 1;
+int64_t UkernelAttr::getMaxPanels(StringRef level) { return level == kLevelV3 ? 2 : 4; }
+
+int64_t UkernelAttr::getRegistersNeeded(int64_t rows, int64_t vectors, KernelOrder order) {
+  return rows * vectors + (order == KernelOrder::BFirst ? vectors : rows) + 1;
 }
 
 int64_t UkernelAttr::getVectorsPerRow() const {
@@ -315,7 +317,7 @@ int64_t UkernelAttr::getVectorsPerRow() const {
 }
 
 LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, StringRef level,
-                                  int64_t rows, int64_t panels, KernelOrder, int64_t prefetch,
+                                  int64_t rows, int64_t panels, KernelOrder order, int64_t prefetch,
                                   KernelProduct product) {
   auto [registers, lanes] = getRegisterFile(level);
   if (!registers)
@@ -324,20 +326,22 @@ LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, 
                        << level << "\"";
   if (rows < 1 || rows > registers)
     return emitError() << "expected rows in [1, " << registers << "], but got " << rows;
-  if (panels < 1 || panels > registers)
-    return emitError() << "expected panels in [1, " << registers << "], but got " << panels;
+  if (panels < 1 || panels > getMaxPanels(level))
+    return emitError() << "expected panels in [1, " << getMaxPanels(level) << "] at " << level
+                       << ", but got " << panels;
   bool tile = product == KernelProduct::TileBF16;
   if (tile && (level != kLevelAmxBf16 || (rows != 16 && rows != 32) || panels != 1))
     return emitError() << "expected product = tile_bf16 at level amx-bf16 with rows = 16 or 32 and "
                           "panels = 1, but got "
                        << level << ", rows = " << rows << ", panels = " << panels;
-  int64_t needed = getRegistersNeeded(rows, panels * 32 / lanes);
+  int64_t needed = getRegistersNeeded(rows, panels * 32 / lanes, order);
   if (!tile && needed > registers)
     return emitError() << "expected a micro-kernel in the " << registers << " registers of "
                        << level << ", but got rows = " << rows << ", panels = " << panels
-                       << ", which need " << needed;
-  if (prefetch < 0)
-    return emitError() << "expected prefetch to be at least 0 bytes, but got " << prefetch;
+                       << ", order = " << stringifyKernelOrder(order) << ", which need " << needed;
+  if (prefetch < 0 || prefetch > (1 << 20))
+    return emitError() << "expected prefetch in [0, " << (1 << 20) << "] bytes, but got "
+                       << prefetch;
   if (product == KernelProduct::DotBF16 && level != kLevelAvx512Bf16)
     return emitError() << "expected product = dot_bf16 at level avx512-bf16 only, but got "
                        << level;

@@ -315,11 +315,19 @@ LogicalResult GroupedMatmulOp::verify() {
                            "rows N of the result")))
     return failure();
   // grouped_matmul_c8
-  if (StrategyAttr strategy = getStrategyAttr())
+  if (StrategyAttr strategy = getStrategyAttr()) {
     if ((strategy.getResult() == ResultForm::Combine) != hasCombine())
       return emitOpError() << "expected a strategy with result "
                            << (hasCombine() ? "= combine" : "blocked or rows") << ", but got "
                            << stringifyResultForm(strategy.getResult());
+    UkernelAttr kernel = strategy.getUkernel();
+    if (strategy.getResult() == ResultForm::Blocked && weight.getParts() == 2 &&
+        kernel.getProduct() == KernelProduct::DotBF16 && kernel.getPanels() > 1 &&
+        kernel.getPanels() % 2)
+      return emitOpError() << "expected 1 or an even number of panels where pairs of them share "
+                              "blocks of bf16, but got "
+                           << kernel.getPanels();
+  }
   return success();
 }
 

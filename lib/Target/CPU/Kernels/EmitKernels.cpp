@@ -179,15 +179,11 @@ FailureOr<GemmKernelSpec> KernelEmitter::getSpec(GemmTileOp op) {
   }
   if (!op.getEpilogue().empty())
     spec.epilogue = &op.getEpilogue();
-  // The tile's own order needs no name; the other one is taken where it fits.
+  // The tile's own order needs no name.
   LoadOrder order =
       ukernel.getOrder() == KernelOrder::BFirst ? LoadOrder::BFirst : LoadOrder::AFirst;
-  if (spec.isBFirst() != (order == LoadOrder::BFirst)) {
-    GemmKernelSpec other = spec;
-    other.order = order;
-    if (other.fitsRegisters())
-      spec.order = order;
-  }
+  if (spec.isBFirst() != (order == LoadOrder::BFirst))
+    spec.order = order;
   return spec;
 }
 
@@ -313,8 +309,6 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
   for (int64_t rows = 1; rows <= spec.rows; ++rows) {
     GemmKernelSpec exact = spec;
     exact.rows = rows;
-    if (rows < spec.rows && !exact.fitsRegisters())
-      exact.order = LoadOrder::Automatic;
     FailureOr<func::FuncOp> kernel =
         get(exact.getName(), [&](OpBuilder &at) { return emitGemmKernel(at, op.getLoc(), exact); });
     if (failed(kernel))

@@ -428,10 +428,11 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
     4 · panels of 256 bits):
 
     ```
-    rows · NV  +  min(rows, NV)  +  1  ≤  32 (x86-64-v4 and up) | 16 (x86-64-v3)
-    accumulators  operands          one to spare
+    rows · NV  +  NV (b_first) or rows (a_first)  +  1  ≤  32 (x86-64-v4 and up) | 16 (x86-64-v3)
+    accumulators  operands                           one to spare
     ```
-    A kernel outside the budget is not a slower kernel: it is refused.
+    A kernel outside the budget is not a slower kernel: it is refused. `panels` is at most 4
+    (x86-64-v3: 2): more would run out of address registers.
 
     Example:
 
@@ -451,8 +452,9 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
   let extraClassDeclaration = [{
     /// Vector registers of a level, and f32 elements in one; {0, 0} for a level without code.
     static std::pair<int64_t, int64_t> getRegisterFile(StringRef level);
-    /// Registers that a kernel needs: rows·NV + min(rows, NV) + 1.
-    static int64_t getRegistersNeeded(int64_t rows, int64_t vectors);
+    static int64_t getMaxPanels(StringRef level);
+    /// Registers that a kernel needs: rows·NV, the operand that is loaded first, and one.
+    static int64_t getRegistersNeeded(int64_t rows, int64_t vectors, KernelOrder order);
     /// NV: vectors of f32 that hold one row of all panels.
     int64_t getVectorsPerRow() const;
   }];
