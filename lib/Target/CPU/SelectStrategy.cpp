@@ -65,14 +65,14 @@ static bool matches(StringRef pattern, StringRef text) {
 }
 
 /// The order that needs fewer registers: with fewer rows than vectors, rows are broadcast first.
-static KernelOrder bestOrder(const CPULevel &level, int64_t rows, int64_t panels) {
-  return rows < panels * 32 / int64_t(level.lanes()) ? KernelOrder::AFirst : KernelOrder::BFirst;
+static KernelOrder bestOrder(int64_t rows, int64_t vectors) {
+  return rows < vectors ? KernelOrder::AFirst : KernelOrder::BFirst;
 }
 
-/// Rows that the register file allows for a kernel of `panels` panels.
-static int64_t mostRows(const CPULevel &level, int64_t panels) {
-  int64_t vectors = panels * 32 / level.lanes(), rows = 0;
-  while (UkernelAttr::getRegistersNeeded(rows + 1, vectors, bestOrder(level, rows + 1, panels)) <=
+/// Rows that the register file allows for `vectors` accumulators a row.
+static int64_t mostRows(const CPULevel &level, int64_t vectors) {
+  int64_t rows = 0;
+  while (UkernelAttr::getRegistersNeeded(rows + 1, vectors, bestOrder(rows + 1, vectors)) <=
          int64_t(level.vectorRegisters))
     ++rows;
   return rows;
@@ -89,6 +89,14 @@ static KernelProduct productOf(GroupedMatmulOp matmul, const CPULevel &level) {
   return level.tiles ? KernelProduct::TileBF16 : KernelProduct::DotBF16;
 }
 
+/// Sums of a router with f32 weights are f64: what a logit is off, a weight is off relatively, and
+/// logits grow large. Products of bf16 weights are short; their model rounds far more than the sum.
+static KernelProduct routerProduct(WeightType weight) {
+  auto format = dyn_cast<FormatAttr>(weight.getFormat());
+  return format && format.getValue() == PlainFormat::F32 ? KernelProduct::FmaF64
+                                                         : KernelProduct::Fma;
+}
+
 /// Defaults by level and shape. The reasons are measurements: a block as tall as the registers
 /// allow reads every weight once per 14 (or 3) rows; chunks keep the packed rows of a lane in
 /// `l2Bytes` of L2; four panels a task share one pass over the rows.
@@ -97,9 +105,10 @@ static Fields defaults(const CPULevel &level, WeightType weight, bool combine,
   Fields fields;
   fields.product = product;
   fields.panels = 1;
-  fields.rows = product == KernelProduct::TileBF16 ? 32 : mostRows(level, 1);
+  int64_t vectors = UkernelAttr::getVectorsPerRow(level.name, fields.panels, product);
+  fields.rows = product == KernelProduct::TileBF16 ? 32 : mostRows(level, vectors);
   fields.prefetch = 1024;
-  int64_t elementBytes = product == KernelProduct::Fma ? 4 : 2;
+  int64_t elementBytes = UkernelAttr::readsPairs(product) ? 2 : 4;
   int64_t fit = l2Bytes / (elementBytes * weight.getCols());
   fit = std::clamp<int64_t>(fit, 4 * fields.rows, 512);
   // A whole number of blocks, so that no chunk ends in a thin one.
@@ -208,7 +217,8 @@ FailureOr<StrategyAttr> SelectStrategyPass::build(Operation *op, const CPULevel 
                                                   const Fields &fields, RowSource source,
                                                   ResultForm result) {
   auto emit = [&] { return op->emitOpError("illegal strategy: "); };
-  KernelOrder order = fields.order.value_or(bestOrder(level, fields.rows, fields.panels));
+  int64_t vectors = UkernelAttr::getVectorsPerRow(level.name, fields.panels, fields.product);
+  KernelOrder order = fields.order.value_or(bestOrder(fields.rows, vectors));
   auto kernel = UkernelAttr::getChecked(emit, &getContext(), level.name, fields.rows, fields.panels,
                                         order, fields.prefetch, fields.product);
   if (!kernel)
@@ -270,8 +280,9 @@ LogicalResult SelectStrategyPass::select(func::FuncOp func, const CPULevel &leve
     };
     LogicalResult result = success();
     auto chooseRouter = [&](auto router) {
-      result = choose(router.getWeight().getType(), "router", RowSource::Rows, ResultForm::Rows,
-                      /*combine=*/false, /*offsets=*/Value(), /*before=*/StrategyAttr());
+      WeightType weight = router.getWeight().getType();
+      result = choose(weight, "router", RowSource::Rows, ResultForm::Rows, /*combine=*/false,
+                      /*offsets=*/Value(), /*before=*/StrategyAttr(), routerProduct(weight));
       if (succeeded(result))
         router.setStrategyAttr(strategy);
     };

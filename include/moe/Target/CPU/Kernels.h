@@ -24,7 +24,8 @@
 // are those of every level and format; with products of bf16 pairs (DotBF16: acc = fma(a[2i+1],
 // b[2i+1], acc), then fma(a[2i], b[2i], acc), subnormal operands and results as zero) they are
 // those of all such kernels, and with products of tiles (TileBF16: 32 k at a time, the sum of the
-// even and that of the odd k) those of all such kernels. There are no fast-math flags.
+// even and that of the odd k) those of all such kernels; with FmaF64 the chain is
+// one of f64, rounded to f32 at its end. There are no fast-math flags.
 //
 //===----------------------------------------------------------------------===//
 
@@ -83,7 +84,8 @@ struct GemmKernelSpec {
   bool bf16Weights = false;
   /// DotBF16: rows32 block times weights in bf16 by vdpbf16ps; V4 only. TileBF16: by tdpbf16ps;
   /// rows is 16 or 32, the tiles that it has, and the kernel's argument says how many of them are
-  /// real.
+  /// real. FmaF64: sums in f64, rounded once to f32; weights in f32 and the form Rows
+  /// without a region only.
   KernelProduct product = KernelProduct::Fma;
   /// 1, or 2 for gate and up in one panel.
   int64_t parts = 1;
@@ -105,8 +107,9 @@ struct GemmKernelSpec {
 
   bool isDot() const { return product == KernelProduct::DotBF16; }
   bool isTile() const { return product == KernelProduct::TileBF16; }
+  bool isWide() const { return product == KernelProduct::FmaF64; }
   /// Columns of `a` in one group of 64 bytes a row: a rows32 or a rows16 block.
-  int64_t getGroupColumns() const { return product == KernelProduct::Fma ? 16 : 32; }
+  int64_t getGroupColumns() const { return UkernelAttr::readsPairs(product) ? 32 : 16; }
   /// Instructions beyond the level's.
   StringRef getFeatures() const {
     return isTile() ? "+amx-tile,+amx-bf16" : isDot() ? "+avx512bf16" : "";
@@ -115,8 +118,10 @@ struct GemmKernelSpec {
   /// of the first cache to the loads. A tall one computes while the lines come, and wants them
   /// near.
   bool prefetchesL2() const { return rows <= 8; }
+  /// Elements of an accumulator's register.
+  int64_t getLanes() const { return getLevelLanes(level) / (isWide() ? 2 : 1); }
   /// Vector registers per panel.
-  int64_t getVectorsPerPanel() const { return 32 / getLevelLanes(level); }
+  int64_t getVectorsPerPanel() const { return 32 / getLanes(); }
   /// More panels would run out of address registers, or of vector registers for widened weights.
   static int64_t getMaxPanels(KernelLevel level) {
     return UkernelAttr::getMaxPanels(getLevelName(level));

@@ -312,14 +312,19 @@ int64_t UkernelAttr::getRegistersNeeded(int64_t rows, int64_t vectors, KernelOrd
   return rows * vectors + (order == KernelOrder::BFirst ? vectors : rows) + 1;
 }
 
+int64_t UkernelAttr::getVectorsPerRow(StringRef level, int64_t panels, KernelProduct product) {
+  int64_t vectors = panels * 32 / getRegisterFile(level).second;
+  return product == KernelProduct::FmaF64 ? 2 * vectors : vectors;
+}
+
 int64_t UkernelAttr::getVectorsPerRow() const {
-  return getPanels() * 32 / getRegisterFile(getLevel()).second;
+  return getVectorsPerRow(getLevel(), getPanels(), getProduct());
 }
 
 LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, StringRef level,
                                   int64_t rows, int64_t panels, KernelOrder order, int64_t prefetch,
                                   KernelProduct product) {
-  auto [registers, lanes] = getRegisterFile(level);
+  int64_t registers = getRegisterFile(level).first;
   if (!registers)
     return emitError() << "expected level of a micro-kernel to be x86-64-v3, x86-64-v4, "
                           "avx512-bf16 or amx-bf16, but got \""
@@ -334,7 +339,7 @@ LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, 
     return emitError() << "expected product = tile_bf16 at level amx-bf16 with rows = 16 or 32 and "
                           "panels = 1, but got "
                        << level << ", rows = " << rows << ", panels = " << panels;
-  int64_t needed = getRegistersNeeded(rows, panels * 32 / lanes, order);
+  int64_t needed = getRegistersNeeded(rows, getVectorsPerRow(level, panels, product), order);
   if (!tile && needed > registers)
     return emitError() << "expected a micro-kernel in the " << registers << " registers of "
                        << level << ", but got rows = " << rows << ", panels = " << panels

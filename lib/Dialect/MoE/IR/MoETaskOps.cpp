@@ -172,7 +172,7 @@ LogicalResult GemmTileOp::verify() {
     return emitOpError() << "expected a result of rank " << rank << " into "
                          << stringifyResultForm(getForm()) << ", but got " << getRank(getOut());
   // gemm_tile_c6
-  bool dot = getUkernel().getProduct() != KernelProduct::Fma;
+  bool dot = UkernelAttr::readsPairs(getUkernel().getProduct());
   if (cast<MemRefType>(getA().getType()).getElementType().isBF16() != dot)
     return emitOpError() << "expected a block of " << (dot ? "bf16" : "f32")
                          << " for product = " << stringifyKernelProduct(getUkernel().getProduct())

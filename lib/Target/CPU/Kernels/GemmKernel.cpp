@@ -77,7 +77,9 @@ static std::string hashRegion(Region &region) {
 }
 
 std::string GemmKernelSpec::getName() const {
-  const char *word = isTile() ? "amx" : isDot() ? "dot" : level == KernelLevel::V3 ? "v3" : "v4";
+  std::string word = isTile() ? "amx" : isDot() ? "dot" : level == KernelLevel::V3 ? "v3" : "v4";
+  if (isWide())
+    word += "_f64";
   std::string name =
       llvm::formatv("moe_gemm_{0}_r{1}_p{2}_{3}", word, rows, panels, bf16Weights ? "bf16" : "f32");
   if (prefetch)
@@ -131,7 +133,7 @@ LogicalResult GemmKernelSpec::verify(Location loc) const {
   if (form == KernelForm::Blocked && parts != 1 && !epilogue)
     return emitError(loc) << "kernel: expected a region to merge the parts of the blocked form, "
                              "but got none";
-  bool pairs = product != KernelProduct::Fma;
+  bool pairs = UkernelAttr::readsPairs(product);
   if (isTile() && ((rows != 16 && rows != 32) || panels != 1))
     return emitError(loc) << "kernel: expected 16 or 32 rows and one panel for products of tiles, "
                              "but got "
@@ -143,6 +145,10 @@ LogicalResult GemmKernelSpec::verify(Location loc) const {
     return emitError(loc) << "kernel: expected x86-64-v4 and weights of bf16 for products of bf16, "
                              "but got "
                           << getLevelName(level) << " and " << (bf16Weights ? "bf16" : "f32");
+  if (isWide() && (form != KernelForm::Rows || epilogue || bf16Weights))
+    return emitError(loc)
+           << "kernel: expected weights of f32 and rows without a region for sums in "
+              "f64, but got another kernel";
   if (form == KernelForm::Blocked && bf16Result && !pairs)
     return emitError(loc) << "kernel: expected f32 in the blocked form of multiply-adds, but got "
                              "bf16";
@@ -206,8 +212,8 @@ namespace {
 class GemmEmitter {
 public:
   GemmEmitter(OpBuilder &b, Location loc, const GemmKernelSpec &spec)
-      : k(b, loc), spec(spec), lanes(getLevelLanes(spec.level)),
-        panelVectors(spec.getVectorsPerPanel()), vectors(spec.panels * panelVectors) {}
+      : k(b, loc), spec(spec), lanes(spec.getLanes()), panelVectors(spec.getVectorsPerPanel()),
+        vectors(spec.panels * panelVectors) {}
 
   FailureOr<func::FuncOp> emit();
 
@@ -257,6 +263,10 @@ Value GemmEmitter::loadA(Value a, int64_t row, int64_t step) {
   OpBuilder &b = k.b;
   Type element = spec.isDot() ? Type(b.getI32Type()) : b.getF32Type();
   Value scalar = k.load(element, k.at(a, row * 64 + step * 4));
+  if (spec.isWide()) {
+    element = b.getF64Type();
+    scalar = arith::ExtFOp::create(b, k.loc, element, scalar);
+  }
   Value v = vector::BroadcastOp::create(b, k.loc, k.vec(lanes, element), scalar);
   return spec.isDot() ? vector::BitCastOp::create(b, k.loc, k.vec(2 * lanes, b.getBF16Type()), v)
                       : v;
@@ -280,8 +290,12 @@ Value GemmEmitter::loadB(ArrayRef<Value> panelRows, int64_t vector, bool odd) {
   Value p = k.at(panelRows[vector / panelVectors], (vector % panelVectors) * lanes * 4);
   if (spec.isDot())
     return k.load(k.vec(2 * lanes, b.getBF16Type()), p);
-  if (!spec.bf16Weights)
-    return k.load(k.vec(lanes, b.getF32Type()), p);
+  if (!spec.bf16Weights) {
+    Value v = k.load(k.vec(lanes, b.getF32Type()), p);
+    if (spec.isWide())
+      v = arith::ExtFOp::create(b, k.loc, k.vec(lanes, b.getF64Type()), v);
+    return v;
+  }
   Value pairs = k.load(k.vec(lanes, b.getI32Type()), p);
   if (!odd)
     return k.widenBits(pairs);
@@ -367,9 +381,10 @@ SmallVector<Value> GemmEmitter::emitProduct() {
   while (unroll < groupRows && unroll * stepsPerRow * spec.rows * vectors < 48)
     unroll *= 2;
 
-  Value zero = splatF32(b, k.loc, lanes, 0.0f);
+  Type element = spec.isWide() ? b.getF64Type() : b.getF32Type();
+  Value zero = arith::ConstantOp::create(b, k.loc, b.getZeroAttr(k.vec(lanes, element)));
   SmallVector<Value> init(spec.rows * vectors, zero);
-  return k.loop(groups, 1, init, [&](Value group, ValueRange acc) -> SmallVector<Value> {
+  auto body = [&](Value group, ValueRange acc) -> SmallVector<Value> {
     Value a = k.at(aBlock, k.mul(group, spec.rows * 64));
     Value bRow = k.at(bPanels, k.mul(group, groupRows * 128));
     if (unroll == groupRows)
@@ -379,7 +394,14 @@ SmallVector<Value> GemmEmitter::emitProduct() {
           return emitSteps(k.at(a, k.mul(row, stepsPerRow * 4)), k.at(bRow, k.mul(row, 128)),
                            unroll, SmallVector<Value>(inner));
         });
-  });
+  };
+  SmallVector<Value> sums = k.loop(groups, 1, init, body);
+  if (spec.isWide()) {
+    sums = addBias(sums);
+    for (Value &sum : sums)
+      sum = arith::TruncFOp::create(b, k.loc, k.vec(lanes, b.getF32Type()), sum);
+  }
+  return sums;
 }
 
 /// The sums of a block of up to 16 or 32 rows into `stack`, rows of 32 columns: one or two tiles of
@@ -475,14 +497,17 @@ FailureOr<Value> GemmEmitter::applyEpilogue(ArrayRef<Value> acc, int64_t p, int6
   return results->front();
 }
 
-/// The vectors of one row with the bias of their lanes.
+/// Vectors of whole rows with the bias of their lanes.
 SmallVector<Value> GemmEmitter::addBias(ArrayRef<Value> acc) {
   SmallVector<Value> sums(acc);
   if (!spec.bias)
     return sums;
   for (auto [v, sum] : llvm::enumerate(sums)) {
     // Panels of 32 lanes follow each other, in the order of the panel's own lanes.
-    Value lane = k.load(sum.getType(), k.at(bias, static_cast<int64_t>(v) * lanes * 4));
+    int64_t vector = static_cast<int64_t>(v) % vectors;
+    Value lane = k.load(k.vec(lanes, k.b.getF32Type()), k.at(bias, vector * lanes * 4));
+    if (spec.isWide())
+      lane = arith::ExtFOp::create(k.b, k.loc, sum.getType(), lane);
     sum = arith::AddFOp::create(k.b, k.loc, sum, lane);
   }
   return sums;
@@ -494,8 +519,12 @@ SmallVector<Value> GemmEmitter::addBias(ArrayRef<Value> acc) {
 /// store and one load per vector and whole product.
 LogicalResult GemmEmitter::forEachRow(ArrayRef<Value> acc,
                                       function_ref<LogicalResult(Value, ArrayRef<Value>)> store) {
+  // A bias of sums in f64 was added before they were rounded.
+  auto biased = [&](ArrayRef<Value> row) {
+    return spec.isWide() ? SmallVector<Value>(row) : addBias(row);
+  };
   if (spec.rows == 1)
-    return store(k.index(0), addBias(acc));
+    return store(k.index(0), biased(acc));
   int64_t rowBytes = vectors * lanes * 4;
   Value rows = spec.isTile() ? realRows : k.index(spec.rows);
   for (auto [i, v] : llvm::enumerate(acc))
@@ -506,7 +535,7 @@ LogicalResult GemmEmitter::forEachRow(ArrayRef<Value> acc,
     SmallVector<Value> loaded;
     for (int64_t v = 0; v < vectors; ++v)
       loaded.push_back(k.load(k.vec(lanes, k.b.getF32Type()), k.at(from, v * lanes * 4)));
-    result = store(row, addBias(loaded));
+    result = store(row, biased(loaded));
   });
   return result;
 }

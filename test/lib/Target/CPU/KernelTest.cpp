@@ -298,6 +298,17 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
         s.order = LoadOrder::AFirst;
         add(s);
       }
+  // Sums in f64.
+  for (int64_t panels = 1; panels <= GemmKernelSpec::getMaxPanels(level) && !dotLevel; ++panels)
+    for (int64_t rows = 1; rows <= 8; ++rows) {
+      GemmKernelSpec spec;
+      spec.product = KernelProduct::FmaF64;
+      spec.level = level;
+      spec.rows = rows;
+      spec.panels = panels;
+      spec.prefetch = rows % 2 ? 1024 : 0;
+      add(spec);
+    }
   return cases;
 }
 
@@ -387,6 +398,13 @@ struct Operands {
       sum = std::fma(a[r * depth + k], b[k * panels * 32 + c], sum);
     return sum;
   }
+  /// The same chain in f64, rounded once. (A product of two floats is exact in f64.)
+  float wideChain(int64_t r, int64_t c) const {
+    double sum = 0.0;
+    for (int64_t k = 0; k < depth; ++k)
+      sum += static_cast<double>(a[r * depth + k]) * static_cast<double>(b[k * panels * 32 + c]);
+    return static_cast<float>(sum);
+  }
   double exact(int64_t r, int64_t c, double &magnitude) const {
     double sum = 0;
     magnitude = 0;
@@ -426,7 +444,7 @@ static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::m
   std::vector<float> chain(rows * lanes);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < lanes; ++c) {
-      chain[r * lanes + c] = in.chain(r, c);
+      chain[r * lanes + c] = spec.isWide() ? in.wideChain(r, c) : in.chain(r, c);
       double magnitude, exact = in.exact(r, c, magnitude);
       // The oracle itself against float64.
       if (std::fabs(chain[r * lanes + c] - exact) > 6e-8 * depth * magnitude + 1e-30)

@@ -374,6 +374,7 @@ def MoE_KernelProduct : MoE_I32Enum<"KernelProduct", "the instruction of a micro
   I32EnumAttrCase<"Fma", 0, "fma">,
   I32EnumAttrCase<"DotBF16", 1, "dot_bf16">,
   I32EnumAttrCase<"TileBF16", 2, "tile_bf16">,
+  I32EnumAttrCase<"FmaF64", 3, "fma_f64">,
 ]>;
 def MoE_RowSource : MoE_I32Enum<"RowSource", "where a grouped matmul finds its rows", [
   I32EnumAttrCase<"Gather", 0, "gather">,
@@ -417,7 +418,8 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
     * `dot_bf16`: `vdpbf16ps` on rows and weights of bf16, two k at a time (fma with the odd one,
       then with the even one; subnormal operands and results count as zero). Levels `avx512-bf16`
       and up.
-
+    * `fma_f64`: fused multiply-add of f64 on operands of f32; the sum is rounded to f32 once. For
+      router logits: an error of a logit is a relative error of a weight.
     * `tile_bf16`: `tdpbf16ps` on tiles of 16 rows and 16 columns, 32 k at a time: the sum of the even
       and that of the odd products of 32 k, each a chain of fma, are added to one another and then to
       the result (subnormal numbers count as zero). Level `amx-bf16`. `rows` is 16 or 32 and `panels`
@@ -425,7 +427,7 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
       what the last tile computes beyond them is not stored.
 
     Register budget of the others, with NV vectors per row (x86-64-v4: 2 · panels of 512 bits; x86-64-v3:
-    4 · panels of 256 bits):
+    4 · panels of 256 bits; twice as many for `fma_f64`):
 
     ```
     rows · NV  +  NV (b_first) or rows (a_first)  +  1  ≤  32 (x86-64-v4 and up) | 16 (x86-64-v3)
@@ -455,8 +457,13 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
     static int64_t getMaxPanels(StringRef level);
     /// Registers that a kernel needs: rows·NV, the operand that is loaded first, and one.
     static int64_t getRegistersNeeded(int64_t rows, int64_t vectors, KernelOrder order);
-    /// NV: vectors of f32 that hold one row of all panels.
+    /// Whether products read rows of bf16 in pairs.
+    static bool readsPairs(KernelProduct product) {
+      return product == KernelProduct::DotBF16 || product == KernelProduct::TileBF16;
+    }
+    /// NV: vectors of accumulators that hold one row of all panels.
     int64_t getVectorsPerRow() const;
+    static int64_t getVectorsPerRow(StringRef level, int64_t panels, KernelProduct product);
   }];
 }
 
