@@ -6,6 +6,7 @@ docs/generated/passes.md    from every Passes.td, by mlir-tblgen -gen-pass-doc
 docs/generated/options.md   moec --help of every command
 docs/generated/models.md    from the rows of share/moec/models
 docs/errors.md              from include/moec/errors.def
+docs/worked-example.md      its code blocks, from moec compile (see worked_example.py)
 """
 
 import argparse
@@ -14,6 +15,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import worked_example
 
 ROOT = Path(__file__).resolve().parent.parent
 LLVM = Path("/usr/lib/llvm-22")
@@ -213,6 +216,13 @@ def options_page(build):
     return "\n".join(parts)
 
 
+def example_page(build, check):
+    driver = build / "bin/moec"
+    if not driver.exists():
+        return None
+    return worked_example.page(ROOT / "docs/worked-example.md", driver, check)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when stale")
@@ -224,6 +234,7 @@ def main():
         "docs/generated/options.md": options_page(arguments.build),
         "docs/generated/models.md": models_page(),
         "docs/errors.md": errors_page(),
+        "docs/worked-example.md": example_page(arguments.build, arguments.check),
     }
     stale = []
     for name, text in pages.items():
