@@ -104,6 +104,7 @@ def spec_of(name: str, index: int) -> dict:
 
 def weights_of(layer: dict, dtype: str) -> dict[str, torch.Tensor]:
     """Seeded weights, the same numbers for every layer; vectors are f32 as in checkpoints."""
+    h, f, e = layer["H"], layer["F"], layer["E"]
     weights = sizes.make_weights(layer, dtype, seed=5)
     g = torch.Generator().manual_seed(6)
 
@@ -111,22 +112,22 @@ def weights_of(layer: dict, dtype: str) -> dict[str, torch.Tensor]:
         return torch.randn(*shape, generator=g) * size
 
     vectors = {
-        "router_bias": random(E, size=0.7),
-        "selection_bias": random(E, size=0.3),
-        "per_expert_scale": random(E).exp(),
-        "router_scale": random(H).exp() * 3,
-        "gate_up_bias": random(E, 2 * F, size=0.5),
-        "down_bias": random(E, H, size=0.5),
+        "router_bias": random(e, size=0.7),
+        "selection_bias": random(e, size=0.3),
+        "per_expert_scale": random(e).exp(),
+        "router_scale": random(h).exp() * 3,
+        "gate_up_bias": random(e, 2 * f, size=0.5),
+        "down_bias": random(e, h, size=0.5),
     }
     width = layer["combine"].get("shared_width", S)
     matrices = {
-        "shared_gate_up": random(2 * width, H, size=1.5 / math.sqrt(H)),
-        "shared_down": random(H, width, size=2.0 / math.sqrt(width)),
-        "shared_gate": random(1, H, size=1.0 / math.sqrt(H)),
+        "shared_gate_up": random(2 * width, h, size=1.5 / math.sqrt(h)),
+        "shared_down": random(h, width, size=2.0 / math.sqrt(width)),
+        "shared_gate": random(1, h, size=1.0 / math.sqrt(h)),
     }
     weights |= {role: w.to(oracle.TORCH[dtype]) for role, w in matrices.items()} | vectors
     if layer["expert"]["form"] == "mlp":
-        rows = {"gate_up": F, "gate_up_bias": F, "shared_gate_up": width}
+        rows = {"gate_up": f, "gate_up_bias": f, "shared_gate_up": width}
         for role, count in rows.items():
             one = weights.pop(role)
             weights[role.replace("gate_up", "up")] = (
