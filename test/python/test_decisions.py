@@ -4,8 +4,8 @@ other code and the same bits.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import subprocess
 
 import moec
 import oracle
@@ -21,10 +21,16 @@ FUSE_PASSES = (
 )
 
 
-def code_of(folder) -> str:
-    """Hash of the library of a compiled folder."""
+def code_of(folder) -> bytes:
+    """The instructions of the library of a compiled folder; not its tables, which hold ids."""
     (library,) = folder.glob("lib*.so")
-    return hashlib.sha256(library.read_bytes()).hexdigest()
+    text = folder / "text"
+    command = ["objcopy", "-O", "binary", "--only-section=.text", library, text]
+    subprocess.run(command, check=True)
+    code = text.read_bytes()
+    text.unlink()
+    assert len(code) > 10_000
+    return code
 
 
 @pytest.fixture
@@ -67,8 +73,9 @@ def test_one_number_of_the_schedule_changes_the_code(
     manifest = json.loads((compiled("mixtral", "f32").path / "manifest.json").read_text())
     schedule = manifest["strategy"]
     for function in schedule.values():
-        for operation in function.values():
-            if field in operation:
+        for name, operation in function.items():
+            # The router sums in f64 here, whose registers hold one row at x86-64-v3.
+            if field in operation and name != "router":
                 operation[field] = value
     edited = tmp_path / "strategy.json"
     edited.write_text(json.dumps(schedule))
