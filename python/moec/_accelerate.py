@@ -114,14 +114,26 @@ class _Plan:
         self.live: Live | None = None
         self.whole = False  # the block's forward too, not the experts' alone
         self.what = ""
+        self.fallback: tuple[dict[str, Any], str] = ({}, "")  # layer and dtype, for experts_only
         self.hooks: list[Any] = []
 
     @property
     def packed_bytes(self) -> int:
         return self.live.layer.info.weight_bytes
 
+    def experts_only(self, layer: dict[str, Any], dtype: str, why: str) -> None:
+        """Settles for the experts: everything else of the block stays torch's."""
+        self.what, self.whole = f"experts; torch's router stays ({why})", False
+        taken, shelf = take_layer(experts_spec(layer, dtype), self.experts.config)
+        read = functools.partial(experts_weights, self.experts, with_router=True)
+        self.live = Live(self.name, taken, shelf, read, watched(self.experts))
+
     def install(self) -> int:
         """Packs, checks, and replaces; the bytes that were packed."""
+        if self.whole and self.live.shelf is not None and _returns_more(self.block, self.experts):
+            # gpt_oss: router scores too, which a block's own forward has to make
+            self.live.close()
+            self.experts_only(*self.fallback, "the block returns more than its hidden states")
         self.live.prepare()
         _probe(self)
         self.experts.forward = _Forward(_experts_forward, self.experts)
@@ -177,23 +189,32 @@ def _plan(
     plan = _Plan(name, model.get_submodule(name), experts)
     down = _live.check_tensor(f"{name}.experts.down_proj", experts._parameters.get("down_proj"))
     dtype = _live.DTYPES[down.dtype]
-    layer = layer_of(experts, _index_of(name))
+    layer = _own_part(plan.block, layer_of(experts, _index_of(name)))
     if library is not None:
         return _plan_library(plan, library, layer, dtype)
     try:
         around = _around(plan.block, experts, layer)
         taken, shelf = take_layer(block_spec(layer, dtype, router), experts.config)
     except Error as why:
-        plan.what = f"experts; torch's router stays ({why})"
-        taken, shelf = take_layer(experts_spec(layer, dtype), experts.config)
-        read = functools.partial(experts_weights, experts, with_router=True)
-        plan.live = Live(name, taken, shelf, read, watched(experts))
+        plan.experts_only(layer, dtype, str(why))
     else:
-        plan.what, plan.whole = "whole block", True
+        plan.what, plan.whole, plan.fallback = "whole block", True, (layer, dtype)
         read = functools.partial(_block_weights, experts, around)
         watch = [place for places in around.values() for place in places]
         plan.live = Live(name, taken, shelf, read, watched(experts) + watch)
     return plan
+
+
+def _own_part(block: torch.nn.Module, layer: dict[str, Any]) -> dict[str, Any]:
+    """Without the shared expert where that is not the block's own: granitemoeshared's is a child of
+    the decoder layer, which goes on adding it."""
+    combine = layer.get("combine", {})
+    if combine.get("shared", "none") == "none":
+        return layer
+    if any("shared" in path for path, _ in block.named_modules()):
+        return layer
+    rest = {key: value for key, value in combine.items() if not key.startswith("shared")}
+    return {**layer, "combine": rest}
 
 
 def _plan_library(plan: _Plan, library: Any, layer: dict[str, Any], dtype: str) -> _Plan:
@@ -317,6 +338,31 @@ def _check_memory(plans: list[_Plan], weights: str) -> None:
         )
 
 
+def _eager(experts: torch.nn.Module) -> Any:
+    """transformers' own loop over the experts."""
+    return functools.partial(type(experts).forward.__wrapped__, experts)
+
+
+def _own_result(block: torch.nn.Module, experts: torch.nn.Module, x: torch.Tensor) -> Any:
+    """What torch's block makes of x [T,H]."""
+    training, block.training = block.training, False
+    experts.forward = _eager(experts)
+    try:
+        return block.forward(x[None])
+    finally:
+        block.training = training
+        del experts.forward
+
+
+@torch.no_grad()
+def _returns_more(block: torch.nn.Module, experts: torch.nn.Module) -> bool:
+    down = experts._parameters["down_proj"]
+    h = down.shape[2 if experts.is_transposed else 1]
+    return not isinstance(
+        _own_result(block, experts, torch.zeros(1, h, dtype=down.dtype)), torch.Tensor
+    )
+
+
 @torch.no_grad()
 def _probe(plan: _Plan) -> None:
     """Holds the packed layer against torch's block on a few tokens: the mapping of parameters to
@@ -327,15 +373,8 @@ def _probe(plan: _Plan) -> None:
         return
     h = down.shape[2 if experts.is_transposed else 1]
     x = torch.randn(16, h, generator=torch.Generator().manual_seed(0)).to(down.dtype)
-    eager = functools.partial(type(experts).forward.__wrapped__, experts)
     if plan.whole:
-        training, block.training = block.training, False
-        experts.forward = eager
-        try:
-            want = block.forward(x[None])
-        finally:
-            block.training = training
-            del experts.forward
+        want = _own_result(block, experts, x)
         if not isinstance(want, torch.Tensor) or want.shape != x[None].shape:
             refuse(plan.name, "a block that returns its hidden states", type(want).__name__)
         want, got = want[0], plan.live.block(x)
@@ -343,7 +382,7 @@ def _probe(plan: _Plan) -> None:
         e = down.shape[0]
         ids = torch.arange(16)[:, None].mul(3).add(torch.arange(2)).remainder(e)
         part = torch.rand(16, 2, generator=torch.Generator().manual_seed(1)).to(down.dtype)
-        want, got = eager(x, ids, part), plan.live.experts(x, ids, part)
+        want, got = _eager(experts)(x, ids, part), plan.live.experts(x, ids, part)
     error = (got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1).clamp_min(1e-30)
     bound = 1e-3 if down.dtype == torch.float32 else 5e-2
     # A near tie may be decided the other way in a few rows; a wrong weight shows in all of them.

@@ -240,6 +240,68 @@ def test_fork(model):
     child.join(60)
 
 
+class Embedded(torch.utils.data.Dataset):
+    """Items that a model computes, as preprocessing in workers does."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return logits(self.model, ids_of(self.model, 1, 6, i))[0]
+
+
+@pytest.mark.parametrize("how", ["implementation", "accelerate"])
+def test_data_loader_workers(model, how):
+    """Forked workers, after the parent used the same layers on its pool."""
+    if how == "accelerate":
+        assert mt.accelerate(model, weights="drop").done
+    else:
+        model.set_experts_implementation("moec")
+    data = Embedded(model)
+    want = torch.stack([data[i] for i in range(4)])
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    got = torch.cat(list(loader))
+    assert torch.equal(got, want)
+    assert torch.equal(data[0], want[0])
+
+
+def resident(field):
+    with open("/proc/self/status") as f:
+        return int(dict(line.split(":", 1) for line in f)[field].split()[0]) * 1024
+
+
+def test_dropping_needs_one_layer_more(tmp_path):
+    """The peak of accelerate(weights="drop") and of restore: the model, one layer, and slack."""
+    sizes = dict(hidden_size=512, intermediate_size=1024, num_local_experts=16)
+    sizes |= dict(num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=1, vocab_size=32)
+    config = transformers.MixtralConfig(num_experts_per_tok=2, **sizes)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    layer = 3 * 16 * 512 * 1024 * 4
+    slack = 40e6
+    model.set_experts_implementation("eager")
+    mt.restore(model) if mt.accelerate(model, weights="drop").done else pytest.fail()  # code loaded
+    ids = ids_of(model)
+    want = logits(model, ids)
+    for step in (lambda: mt.accelerate(model, weights="drop"), lambda: mt.restore(model)):
+        before = resident("VmRSS")
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # the peak counts from here
+        assert step().done
+        assert resident("VmHWM") - before <= layer + slack
+        assert abs(resident("VmRSS") - before) <= slack
+    assert torch.equal(logits(model, ids), want)
+    # The test can fail: keeping torch's copy takes all of it again.
+    before = resident("VmRSS")
+    assert mt.accelerate(model, weights="keep").done
+    assert resident("VmRSS") - before > 4 * layer
+
+
 # --- dropped weights, libraries, refusals ---------------------------------------------------------
 
 
