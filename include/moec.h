@@ -129,7 +129,8 @@ typedef struct {
   size_t struct_size;
   const char *weights;   /* folder of the packed files; NULL: `dir`/weights. Another checkpoint of
                             equal structure is another folder for the same code */
-  DLDevice device;       /* {0,0}: the CPU; weights live on that device, nowhere twice */
+  DLDevice device;       /* {0,0}: the CPU; {kDLCUDA, n}: a CUDA device, for a library that was
+                            compiled for it. Weights live on that device, nowhere twice */
   int32_t load;          /* MOEC_MAP | MOEC_COPY | MOEC_NONE */
   int32_t verify;        /* 1: check the hash of every weight byte; 0: ids, sizes and headers */
   const char *cpu_level; /* highest level to use, as "x86-64-v4"; NULL: the best this machine and
@@ -141,7 +142,8 @@ typedef struct {
    E-ARGUMENT (null pointer, unknown load), E-PATH (no library in the folder, or several; a file
    name that is not plain), E-IO (a file cannot be read), E-ABI (code of another major or a later
    minor version), E-ISA (this machine or the library lacks the level), E-UNSUPPORTED and
-   E-NO-DEVICE (device), E-FILE-FORMAT (not a packed file, truncated, of a later schema),
+   E-NO-DEVICE (device); on a CUDA device also E-NO-DRIVER, E-DRIVER-OLD, E-ARCH (no code for this
+   device), E-DEVICE-MEMORY, E-LAUNCH (another error of the driver) and E-FORK; E-FILE-FORMAT (not a packed file, truncated, of a later schema),
    E-WEIGHTS (weights of other code), E-LAYOUT (tensors other than the code wants), E-HASH (verify:
    bytes changed), E-MEMORY. */
 MOEC_API int moec_open(const char *dir, const moec_open_options *options, moec_model **model,
@@ -232,9 +234,11 @@ typedef struct {
   size_t struct_size;
   int64_t max_tokens;            /* bounds the workspace, not T: a larger T runs in chunks, with the
                                     same bits; 0: 512 */
-  const moec_executor *executor; /* NULL: the calling thread alone. Outlives the context */
-  void *workspace;               /* 64-byte aligned; NULL: allocated by moec_context_create. Else it
-                                    must outlive the context and belongs to it alone */
+  const moec_executor *executor; /* NULL: the calling thread alone. Outlives the context. On a GPU
+                                    NULL */
+  void *workspace;               /* 64-byte aligned (on a GPU 256, and memory of that device); NULL:
+                                    allocated by moec_context_create. Else it must outlive the
+                                    context and belongs to it alone */
   uint64_t workspace_bytes;      /* of `workspace`: at least moec_workspace_size() */
 } moec_context_options;
 
@@ -244,8 +248,10 @@ MOEC_API int moec_workspace_size(const moec_model *model, const moec_context_opt
                                  uint64_t *bytes, moec_error *error);
 
 /* Creates a context, which holds a reference to its model. All allocation is here; moec_run never
-   allocates. A context works in a child of fork() as well. `options` may be NULL.
-   E-ARGUMENT (as above; workspace misaligned or too small), E-MEMORY. */
+   allocates. A context works in a child of fork() as well, but for those of a GPU (E-FORK).
+   `options` may be NULL.
+   E-ARGUMENT (as above; workspace misaligned or too small), E-MEMORY, E-DEVICE-MEMORY (nothing
+   stays allocated, and the model and its other contexts go on). */
 MOEC_API int moec_context_create(moec_model *model, const moec_context_options *options,
                                  moec_context **context, moec_error *error);
 
@@ -291,8 +297,14 @@ typedef struct {
 } moec_call;
 
 /* Runs one layer and returns when its outputs are written. T = 0 is fine. A NaN or infinity in x
-   stays in its own row. Runs in the floating-point environment round to nearest, subnormals kept,
-   whatever the caller's is.
+   stays in its own row.
+   On a GPU it returns when everything is enqueued on call->stream: it never waits for the device,
+   reads nothing back and allocates nothing, so it may be captured in a CUDA graph. Two calls in one
+   context must be ordered by the caller where they are on different streams: they share the
+   workspace. Foreign ids are skipped and reported by moec_context_status. E-LAUNCH: the driver
+   refused a launch, E-FORK.
+   On the CPU it runs in the floating-point environment round to nearest, subnormals kept, whatever
+   the caller's is.
    E-ARGUMENT, E-SHAPE, E-DTYPE, E-STRIDE, E-OVERLAP, E-DEVICE: a tensor is missing or not as above;
       E-EXPERT-ID: an id outside [0,E), before anything is computed;
    E-NEEDS: an input the layer needs is missing (one it does not need: E-ARGUMENT);
@@ -301,8 +313,9 @@ typedef struct {
 MOEC_API int moec_run(moec_context *context, int32_t layer, const moec_call *call,
                       moec_error *error);
 
-/* CUDA, its stream idle: what the device reported since the last call. On the CPU always 0, as
-   moec_run has reported everything. E-ARGUMENT (null pointer). */
+/* CUDA, its stream idle: what the device reported since the last check, once: E-EXPERT-ID, E-LAUNCH
+   (a fault that the driver found; most leave the process without the device), E-FORK. On the CPU
+   always 0, as moec_run has reported everything. E-ARGUMENT (null pointer). */
 MOEC_API int moec_context_status(moec_context *context, moec_error *error);
 
 #ifdef __cplusplus

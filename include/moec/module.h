@@ -32,6 +32,7 @@ typedef struct moec_frame {
   /* Since 1.1 of the interface: */
   const void *router_x;    /* 1152: [T,H], read by the router instead of x; of x's type */
   int64_t router_x_stride; /* 1160: elements between rows */
+  const struct moec_gpu_launcher *launcher; /* 1168: code of a GPU: where its kernels start */
 } moec_frame;
 
 typedef void (*moec_stage_fn)(moec_frame *, int32_t lane, int32_t lanes);
@@ -82,12 +83,54 @@ typedef struct moec_layer_desc {
                      file's */
 } moec_layer_desc;
 
+/* ---- a GPU's code (since 1.1) ----
+
+   The entries of a level "sm_80" have one stage, which enqueues kernels through frame->launcher:
+   grids, blocks and arguments follow from the frame alone. The kernels of all entries are in one
+   image, which the module has once per architecture. */
+
+/* One kernel launch. `arguments` are the addresses of the arguments' values, as cuLaunchKernel
+   takes them; they are valid during the call only. */
+typedef struct moec_gpu_launch {
+  const char *name;       /*  0: name of the kernel */
+  int32_t kernel;         /*  8: its place in moec_module.kernels */
+  uint32_t shared_bytes;  /* 12: dynamic shared memory of a block */
+  uint32_t grid[3];       /* 16 */
+  uint32_t block[3];      /* 28 */
+  void *const *arguments; /* 40 */
+} moec_gpu_launch;
+
+/* Where launches go: the driver, or the executor of the tests. A failure is remembered by `self`:
+   generated code has nothing to decide after one. */
+typedef struct moec_gpu_launcher {
+  void *self;                                                /* 0 */
+  void (*launch)(void *self, const moec_gpu_launch *launch); /* 8 */
+} moec_gpu_launcher;
+
+enum { MOEC_IMAGE_CUBIN = 0, MOEC_IMAGE_PTX = 1 };
+typedef struct moec_gpu_image {
+  int32_t kind;     /* MOEC_IMAGE_CUBIN: machine code of `arch`; MOEC_IMAGE_PTX: text for it and
+                       everything newer, ending in a zero byte */
+  int32_t arch;     /* compute capability: 80 is 8.0 */
+  const void *data; /* 8-byte aligned */
+  uint64_t bytes;
+} moec_gpu_image;
+
+typedef struct moec_gpu_kernel {
+  const char *name;
+  uint32_t threads, shared_bytes; /* of a block; the same in every launch */
+} moec_gpu_kernel;
+
 struct moec_module {
   size_t struct_size;
   uint32_t abi, reserved;     /* MOEC_ABI the module was built for */
   const char *name, *version; /* model name; moec's version */
   int32_t layer_count, reserved2;
   const moec_layer_desc *layers;
+  /* Since 1.1, all zero in code for the CPU: */
+  int32_t image_count, kernel_count;
+  const moec_gpu_image *images;
+  const moec_gpu_kernel *kernels;
 };
 
 /* First tensor of every weight file, at file offset 4096. Little endian. */

@@ -98,13 +98,13 @@ static inline const @name@_layer_shape *@name@_layer(int32_t layer) {
   return layer >= 0 && layer < @layers@ ? &shapes[layer] : (const @name@_layer_shape *)0;
 }
 
-/* A tensor on the CPU whose last dimension is contiguous. `shape` must outlive it. */
+/* A tensor on @devicetext@ whose last dimension is contiguous. `shape` must outlive it. */
 static inline DLTensor @name@_tensor_(void *data, uint8_t code, uint8_t bits, int32_t ndim,
 @pad@                                int64_t *shape) {
   DLTensor tensor;
   memset(&tensor, 0, sizeof(tensor));
   tensor.data = data;
-  tensor.device.device_type = kDLCPU;
+  tensor.device.device_type = @device@;
   tensor.ndim = ndim;
   tensor.dtype.code = code;
   tensor.dtype.bits = bits;
@@ -245,6 +245,10 @@ std::string headerText(const mlir::moe::CodeTable &table) {
   values["layers"] = std::to_string(table.layers.size());
   values["lastlayer"] = std::to_string(table.layers.size() - 1);
   values["pad"] = std::string(table.name.size(), ' ');
+  // Other devices and streams: fill a moec_call.
+  bool cuda = !table.images.empty();
+  values["device"] = cuda ? "kDLCUDA" : "kDLCPU";
+  values["devicetext"] = cuda ? "CUDA device 0 (calls below use its default stream)" : "the CPU";
   values["abi"] = "0x" + llvm::utohexstr(MOEC_ABI, /*LowerCase=*/true, /*Width=*/8);
   values["abimajor"] = std::to_string(MOEC_ABI >> 16);
   values["abitext"] = std::to_string(MOEC_ABI >> 16) + "." + std::to_string(MOEC_ABI & 0xffff);

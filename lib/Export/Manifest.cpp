@@ -37,7 +37,7 @@ std::string manifestText(const ManifestInput &input) {
   json.attribute("abi", std::to_string(MOEC_ABI >> 16) + "." + std::to_string(MOEC_ABI & 0xffff));
   json.attribute("llvm", LLVM_VERSION_STRING);
   json.attribute("name", table.name);
-  json.attribute("target", "cpu");
+  json.attribute("target", table.images.empty() ? "cpu" : "cuda");
   json.attribute("library", input.library);
   json.attribute("header", input.header);
   json.attributeArray("layers", [&] {
@@ -104,6 +104,25 @@ std::string manifestText(const ManifestInput &input) {
         });
       });
   });
+  if (!table.images.empty()) {
+    json.attributeArray("images", [&] {
+      for (const mlir::moe::GPUImage &image : table.images)
+        json.object([&] {
+          bool ptx = image.kind == MOEC_IMAGE_PTX;
+          json.attribute("kind", ptx ? "ptx" : "cubin");
+          json.attribute("arch", (ptx ? "compute_" : "sm_") + std::to_string(image.arch));
+          json.attribute("bytes", static_cast<int64_t>(image.bytes.size()));
+        });
+    });
+    json.attributeArray("kernels", [&] {
+      for (const mlir::moe::GPUKernel &kernel : table.kernels)
+        json.object([&] {
+          json.attribute("name", kernel.name);
+          json.attribute("threads", static_cast<int64_t>(kernel.threads));
+          json.attribute("shared", static_cast<int64_t>(kernel.sharedBytes));
+        });
+    });
+  }
   json.attribute("strategy", input.strategy);
   json.attributeObject("sizes", [&] {
     json.attribute("library", static_cast<int64_t>(input.libraryBytes));

@@ -9,8 +9,10 @@
 #include "moe/Dialect/MoE/Transforms/Passes.h"
 #include "moe/Support/Error.h"
 #include "moe/Target/CPU/Passes.h"
+#include "moe/Target/GPU/Passes.h"
 
 #include "mlir/Conversion/Passes.h"
+#include "mlir/Dialect/GPU/Transforms/Passes.h"
 #include "mlir/Dialect/MemRef/Transforms/Passes.h"
 #include "mlir/IR/BuiltinOps.h"
 #include "mlir/IR/Diagnostics.h"
@@ -54,11 +56,16 @@ static std::string fuse(const PipelineOptions &options) {
 }
 
 static std::string target(const PipelineOptions &options) {
+  if (options.isGPU())
+    return "moe-gpu-attach-target{arch=" + options.gpu + "},moe-clone-variants" +
+           listOption("types", options.types);
   return "moe-attach-target" + listOption("levels", options.levels) + ",moe-clone-variants" +
          listOption("types", options.types);
 }
 
 static std::string strategy(const PipelineOptions &options) {
+  if (options.isGPU())
+    return "moe-gpu-select-strategy";
   std::string text = "moe-select-strategy";
   std::vector<std::string> values;
   if (options.l2Bytes)
@@ -81,18 +88,28 @@ static std::string strategy(const PipelineOptions &options) {
 
 static std::string bufferize(const PipelineOptions &) { return "moe-bufferize,canonicalize,cse"; }
 
-static std::string tile(const PipelineOptions &) { return "moe-cpu-tile-tasks,canonicalize,cse"; }
+static std::string tile(const PipelineOptions &options) {
+  // Blocks of a GPU find their tile themselves.
+  return options.isGPU() ? "" : "moe-cpu-tile-tasks,canonicalize,cse";
+}
 
-static std::string kernels(const PipelineOptions &) {
+static std::string kernels(const PipelineOptions &options) {
+  if (options.isGPU())
+    return "moe-gpu-emit-kernels,moe-gpu-emit-call-kernels,moe-gpu-merge-kernels";
   return "moe-cpu-emit-kernels,canonicalize,cse";
 }
 
-static std::string outline(const PipelineOptions &) {
+static std::string outline(const PipelineOptions &options) {
+  if (options.isGPU())
+    return "moe-gpu-lower-host,canonicalize,cse,moe-merge-equal-functions";
   return "moe-cpu-plan-workspace,moe-cpu-outline-stages,canonicalize,cse,moe-merge-equal-functions";
 }
 
-static std::string codegen(const PipelineOptions &) {
+static std::string codegen(const PipelineOptions &options) {
   std::string text;
+  if (options.isGPU())
+    text = "moe-gpu-lower-kernels,nvvm-attach-target{chip=" + options.gpu +
+           " O=3},gpu-module-to-binary{format=isa},";
   llvm::raw_string_ostream os(text);
   OpPassManager pm(ModuleOp::getOperationName());
   buildLowerToLLVM(pm);
@@ -138,6 +155,9 @@ std::string mlir::moe::phasePipeline(const Phase &phase, const PipelineOptions &
 void mlir::moe::registerPhasePasses() {
   registerMoEPasses();
   registerMoECPUPasses();
+  registerMoEGPUPasses();
+  registerMoEGPUPipelines();
+  registerGPUPasses();
   registerTransformsPasses();
   registerConversionPasses();
   memref::registerMemRefPasses();
@@ -191,7 +211,12 @@ static llvm::Error runPhase(ModuleOp module, const Phase &phase, const PipelineO
   if (failed(parsePassPipeline(inner, pm, parseStream)))
     return makeError(ErrorCode::INTERNAL, "phase `" + phase.name + "`",
                      "a pipeline that can be read", parseErrors);
-  if (failed(pm.run(module)))
+  bool ran = succeeded(pm.run(module));
+  if (!ran && options.isGPU() && (phase.name == "target" || phase.name == "kernels"))
+    return makeError(ErrorCode::UNSUPPORTED, "--target cuda", "a model with GPU code",
+                     diagnostics.empty() ? "a failure" : diagnostics,
+                     phase.name == "target" ? "--dtype bf16 converts the weights" : "");
+  if (!ran)
     return makeError(code,
                      "phase `" + phase.name + "`" + (pass.empty() ? "" : ", pass `" + pass + "`"),
                      "a pass that succeeds", diagnostics.empty() ? "a failure" : diagnostics);

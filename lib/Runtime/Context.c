@@ -1,42 +1,19 @@
-#include "Internal.h"
+#include "Call.h"
 
 #include <immintrin.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { ALIGN = 64, DEFAULT_TOKENS = 512, MOST_LANES = 65536, STAGE_SPIN_NS = 100000 };
-
-struct moec_context {
-  moec_model *model;
-  moec_executor executor; /* a copy; lanes = 1 and run = NULL: the calling thread alone */
-  int32_t lanes;
-  uint32_t forks; /* fork generation in which the pool was last known to have its workers */
-  int64_t max_tokens;
-  void *owned; /* workspace, if allocated here */
-  uint64_t owned_bytes;
-  int32_t *ids;     /* [rows] */
-  float *weights;   /* [rows] */
-  int32_t *offsets; /* [E+1] */
-  float *logits;    /* [max_tokens, E]: where `route` writes what nobody asked for */
-  void *scratch;    /* what generated code plans */
-  uint64_t scratch_bytes;
-  int64_t spin_ns;                       /* how long a lane polls at a fence before it sleeps */
-  _Alignas(64) _Atomic uint32_t busy;    /* 0, or 1 + the fork generation of the call that runs */
-  _Alignas(64) _Atomic uint32_t arrived; /* the fence between stages */
-  _Alignas(64) _Atomic uint32_t fence;
-  _Atomic uint32_t sleepers;
-  const moec_entry *entry;
-  int32_t stage; /* gang = 0 */
-  _Alignas(64) moec_frame frame;
-};
+enum { DEFAULT_TOKENS = 512, MOST_LANES = 65536, STAGE_SPIN_NS = 100000 };
 
 /* ---- sizes ---- */
 
 typedef struct {
   int64_t max_tokens;
   int32_t lanes;
-  uint64_t ids, weights, offsets, logits, scratch, scratch_bytes, total; /* byte offsets, sizes */
+  uint64_t ids, weights, offsets, logits, scratch, scratch_bytes, more,
+      total; /* byte offsets, sizes */
 } plan;
 
 static int64_t slots_of(const moec_layer_code *c) { return c->kind ? 1 : c->K; }
@@ -49,7 +26,10 @@ static int64_t rows_of(const moec_layer_code *c, int64_t max_tokens) {
   return !c->kind && rows < c->E ? c->E : rows;
 }
 
-static uint64_t aligned(uint64_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN; }
+static uint64_t aligned(const moec_model *m, uint64_t bytes) {
+  const uint64_t unit = m->target->alignment;
+  return (bytes + unit - 1) / unit * unit;
+}
 
 static int make_plan(const char *w, const moec_model *model, const moec_context_options *options,
                      plan *p, moec_error *error) {
@@ -68,6 +48,9 @@ static int make_plan(const char *w, const moec_model *model, const moec_context_
     if (options->max_tokens)
       p->max_tokens = options->max_tokens;
     const moec_executor *x = options->executor;
+    if (x && !model->target->has_lanes)
+      return moec_fail(error, MOEC_E_ARGUMENT,
+                       "%s: executor: expected NULL for a GPU, but got an executor", w);
     if (x) {
       r = moec_check_struct(x, sizeof *x, w, "executor", error);
       if (r)
@@ -109,11 +92,12 @@ static int make_plan(const char *w, const moec_model *model, const moec_context_
         p->scratch_bytes = b > p->scratch_bytes ? b : p->scratch_bytes;
       }
   }
-  p->weights = p->ids + aligned((uint64_t)rows * 4);
-  p->offsets = p->weights + aligned((uint64_t)rows * 4);
-  p->logits = p->offsets + aligned((uint64_t)(experts + 1) * 4);
-  p->scratch = p->logits + aligned((uint64_t)p->max_tokens * (uint64_t)routed * 4);
-  p->total = p->scratch + aligned(p->scratch_bytes);
+  p->weights = p->ids + aligned(model, (uint64_t)rows * 4);
+  p->offsets = p->weights + aligned(model, (uint64_t)rows * 4);
+  p->logits = p->offsets + aligned(model, (uint64_t)(experts + 1) * 4);
+  p->scratch = p->logits + aligned(model, (uint64_t)p->max_tokens * (uint64_t)routed * 4);
+  p->more = p->scratch + aligned(model, p->scratch_bytes);
+  p->total = p->more + aligned(model, model->target->more_bytes);
   return 0;
 }
 
@@ -144,27 +128,27 @@ int moec_context_create(moec_model *model, const moec_context_options *options, 
   if (r)
     return r;
   char *workspace = options ? options->workspace : NULL;
-  if (workspace && (uintptr_t)workspace % ALIGN)
+  const moec_target *target = model->target;
+  if (workspace && (uintptr_t)workspace % target->alignment)
     return moec_fail(error, MOEC_E_ARGUMENT,
-                     "%s: workspace: expected an address aligned to 64 bytes, but got %p", w,
-                     (void *)workspace);
+                     "%s: workspace: expected an address aligned to %u bytes, but got %p", w,
+                     target->alignment, (void *)workspace);
   if (workspace && options->workspace_bytes < p.total)
     return moec_fail(error, MOEC_E_ARGUMENT,
                      "%s: workspace_bytes: expected at least %llu, but got "
                      "%llu",
                      w, (unsigned long long)p.total, (unsigned long long)options->workspace_bytes);
-  moec_context *c = aligned_alloc(ALIGN, sizeof *c);
-  if (c)
-    memset(c, 0, sizeof *c);
-  if (c && !workspace) {
+  moec_context *c = aligned_alloc(64, sizeof *c);
+  if (!c)
+    return moec_fail(error, MOEC_E_MEMORY, "%s: expected memory, but got none", w);
+  memset(c, 0, sizeof *c);
+  if (!workspace) {
     c->owned_bytes = p.total;
-    workspace = c->owned = moec_map_memory((size_t)p.total);
-  }
-  if (!c || !workspace) {
-    free(c);
-    return moec_fail(error, MOEC_E_MEMORY,
-                     "%s: expected %llu bytes for max_tokens = %lld, but got none", w,
-                     (unsigned long long)p.total, (long long)p.max_tokens);
+    if ((r = target->allocate(model, p.total, p.max_tokens, &c->owned, w, error))) {
+      free(c);
+      return r;
+    }
+    workspace = c->owned;
   }
   moec_watch_forks();
   atomic_fetch_add(&model->references, 1);
@@ -182,6 +166,10 @@ int moec_context_create(moec_model *model, const moec_context_options *options, 
   c->scratch_bytes = p.scratch_bytes;
   /* More lanes than CPUs: whoever polls keeps another lane from arriving. */
   c->spin_ns = p.lanes > 1 && p.lanes <= moec_cpus_allowed() ? STAGE_SPIN_NS : 0;
+  if ((r = target->attach(c, workspace + p.more, w, error))) {
+    moec_context_destroy(c);
+    return r;
+  }
   *out = c;
   return moec_succeed(error);
 }
@@ -189,8 +177,9 @@ int moec_context_create(moec_model *model, const moec_context_options *options, 
 void moec_context_destroy(moec_context *context) {
   if (!context)
     return;
+  if (context->owned)
+    context->model->target->release(context->model, context->owned, context->owned_bytes);
   moec_close(context->model);
-  moec_unmap_memory(context->owned, (size_t)context->owned_bytes);
   free(context);
 }
 
@@ -199,7 +188,7 @@ int moec_context_status(moec_context *context, moec_error *error) {
     return moec_fail(error, MOEC_E_ARGUMENT,
                      "moec_context_status: context: expected a pointer, but "
                      "got NULL");
-  return moec_succeed(error);
+  return context->model->target->status(context, error);
 }
 
 /* ---- running stages ---- */
@@ -258,7 +247,7 @@ static void run_one_stage(void *arg, int32_t lane) {
   _mm_setcsr(before);
 }
 
-static void run_entry(moec_context *c, const moec_entry *entry) {
+static void cpu_run(moec_context *c, const moec_entry *entry) {
   memset(c->frame.counters, 0, sizeof c->frame.counters);
   c->entry = entry;
   /* One lane needs no executor, but one that promises no gang is asked for every stage all the
@@ -279,22 +268,6 @@ static void run_entry(moec_context *c, const moec_entry *entry) {
 }
 
 /* ---- the tensors of a call ---- */
-
-enum { F32 = 1, BF16 = 2, F16 = 4, I32 = 8, I64 = 16, MOST_TENSORS = 9 };
-
-typedef struct {
-  const char *name;
-  uintptr_t begin, end; /* bytes from the first to after the last element */
-  uint64_t width, step; /* bytes of a row and between rows */
-  bool output;
-} region;
-
-typedef struct {
-  const char *where, *layer;
-  moec_error *error;
-  region regions[MOST_TENSORS];
-  int32_t count;
-} checking;
 
 static void types_text(uint32_t types, char *text, size_t size) {
   static const char *const names[] = {"f32", "bf16", "f16", "i32", "i64"};
@@ -348,7 +321,7 @@ static int check(checking *k, const DLTensor *t, const char *name, int32_t rank,
     return moec_fail(e, MOEC_E_DTYPE, "%s: %s: %s: expected %s, but got %s%s", w, l, name, expected,
                      got, type == F16 ? "; f16 activations are not built yet" : "");
   }
-  int r = moec_check_device(t, w, name, e);
+  int r = moec_check_device(t, k->device, w, name, e);
   if (r)
     return r;
   const int64_t rows = rank == 2 ? t->shape[0] : 1, width = t->shape[rank - 1];
@@ -484,11 +457,6 @@ static void convert_weights(const moec_view *v, int64_t r0, int64_t rows, int64_
 
 /* ---- moec_run ---- */
 
-typedef struct {
-  moec_view x, router_x, experts, weights, y, experts_out, weights_out, logits_out, counts_out;
-  int64_t T, k;
-} tensors;
-
 static int refuse(const checking *k, const char *what, const char *why) {
   return moec_fail(k->error, MOEC_E_ARGUMENT, "%s: %s: %s: expected NULL, but got a tensor: %s",
                    k->where, k->layer, what, why);
@@ -500,7 +468,7 @@ static int check_call(checking *k, const moec_layer_code *code, const moec_call 
   if (call->flags & ~(uint32_t)(MOEC_ROUTED_ONLY | MOEC_ACCUMULATE | MOEC_SKIP_FOREIGN))
     return moec_fail(e, MOEC_E_ARGUMENT, "%s: %s: flags: expected bits 0x7, but got 0x%x", w, l,
                      call->flags);
-  if (call->stream)
+  if (call->stream && k->device.device_type == kDLCPU)
     return moec_fail(e, MOEC_E_ARGUMENT, "%s: %s: stream: expected NULL on the CPU, but got %p", w,
                      l, call->stream);
   static const char given[] = "with experts given the router is skipped";
@@ -611,8 +579,10 @@ static int find_entries(const checking *k, const moec_layer_state *s, const moec
   return 0;
 }
 
-static void copy_out(const moec_context *c, const tensors *t, const moec_call *call, int64_t first,
-                     int64_t rows, int64_t E) {
+static void cpu_give(moec_context *c, const moec_job *job, int64_t first, int64_t rows) {
+  const tensors *t = job->t;
+  const moec_call *call = job->call;
+  const int64_t E = job->layer->desc->code->E;
   const int64_t k = t->k;
   if (call->experts_out)
     for (int64_t r = 0; r < rows; ++r)
@@ -636,9 +606,149 @@ static void copy_out(const moec_context *c, const tensors *t, const moec_call *c
   }
 }
 
+static void cpu_take(moec_context *c, const moec_job *job, int64_t first, int64_t rows) {
+  const tensors *t = job->t;
+  convert_ids(&t->experts, first, rows, t->k, job->layer->desc->code->E, c->ids);
+  convert_weights(&t->weights, first, rows, t->k, c->weights);
+}
+
+static void cpu_clear(moec_context *c, void *to, int64_t step, int64_t width, int64_t rows) {
+  (void)c;
+  for (int64_t i = 0; i < rows; ++i)
+    memset((char *)to + i * step, 0, (size_t)width);
+}
+
+static int cpu_begin(moec_context *c, const moec_job *job) {
+  const moec_call *call = job->call;
+  const tensors *t = job->t;
+  const checking *check = job->check;
+  const int64_t E = job->layer->desc->code->E;
+  if (call->experts && !(call->flags & MOEC_SKIP_FOREIGN)) {
+    const int64_t bad = find_foreign(&t->experts, 0, t->T, t->k, E);
+    if (bad >= 0)
+      return moec_fail(check->error, MOEC_E_EXPERT_ID,
+                       "%s: %s: experts[%lld, %lld]: expected -1 to %lld, but got %lld",
+                       check->where, check->layer, (long long)(bad / t->k), (long long)(bad % t->k),
+                       (long long)E - 1, (long long)read_id(&t->experts, bad / t->k, bad % t->k));
+  }
+  if (t->T && t->k && c->lanes > 1 && c->forks != moec_fork_generation() &&
+      moec_is_pool(&c->executor)) {
+    if (moec_pool_ready(&c->executor)) /* the first call in a child of fork */
+      return moec_fail(check->error, MOEC_E_IO,
+                       "%s: expected %d threads after fork, but got fewer: the system refused",
+                       check->where, c->lanes);
+    c->forks = moec_fork_generation();
+  }
+  return 0;
+}
+
+static int cpu_end(moec_context *c, const moec_job *job, int result) {
+  (void)c, (void)job;
+  return result;
+}
+
+static int cpu_status(moec_context *c, moec_error *error) {
+  (void)c;
+  return moec_succeed(error);
+}
+
+/* ---- host memory ---- */
+
+static int cpu_open(moec_model *m, const char *where, moec_error *error) {
+  if (!moec_has_images(m->module))
+    return 0;
+  return moec_fail(error, MOEC_E_ISA,
+                   "%s: expected code for a CPU, but got code for GPUs: open it on a CUDA device",
+                   where);
+}
+
+static void cpu_close(moec_model *m) { (void)m; }
+
+static int cpu_place(moec_model *m, moec_layer_state *layer, const char *where, moec_error *error) {
+  (void)m, (void)layer, (void)where, (void)error;
+  return 0;
+}
+
+static int cpu_arena(moec_model *m, moec_layer_state *layer, const char *where, moec_error *error) {
+  (void)m;
+  if (!moec_layer_arena(layer))
+    return 0;
+  return moec_fail(error, MOEC_E_MEMORY, "%s: %s: expected memory for its weights, but got none",
+                   where, layer->desc->name);
+}
+
+static void cpu_drop(moec_model *m, moec_layer_state *layer) {
+  (void)m;
+  moec_unmap_memory(layer->memory, layer->memory_bytes);
+  layer->memory = NULL;
+  layer->memory_bytes = 0;
+}
+
+static int cpu_borrow(moec_model *m, const void *weight, uint64_t bytes, void **host,
+                      const char *where, moec_error *error) {
+  (void)m, (void)bytes, (void)where, (void)error;
+  *host = (void *)(uintptr_t)weight;
+  return 0;
+}
+
+static int cpu_give_back(moec_model *m, const void *weight, uint64_t bytes, void *host,
+                         bool changed, const char *where, moec_error *error) {
+  (void)m, (void)weight, (void)bytes, (void)host, (void)changed, (void)where, (void)error;
+  return 0;
+}
+
+static int cpu_allocate(moec_model *m, uint64_t bytes, int64_t max_tokens, void **memory,
+                        const char *where, moec_error *error) {
+  (void)m;
+  *memory = moec_map_memory((size_t)bytes);
+  if (*memory)
+    return 0;
+  return moec_fail(error, MOEC_E_MEMORY,
+                   "%s: expected %llu bytes for max_tokens = %lld, but got none", where,
+                   (unsigned long long)bytes, (long long)max_tokens);
+}
+
+static void cpu_release(moec_model *m, void *memory, uint64_t bytes) {
+  (void)m;
+  moec_unmap_memory(memory, (size_t)bytes);
+}
+
+static int cpu_attach(moec_context *c, void *more, const char *where, moec_error *error) {
+  (void)c, (void)more, (void)where, (void)error;
+  return 0;
+}
+
+const moec_target moec_cpu_target = {
+    .alignment = 64,
+    .has_lanes = true,
+    .open = cpu_open,
+    .close = cpu_close,
+    .place = cpu_place,
+    .arena = cpu_arena,
+    .drop = cpu_drop,
+    .borrow = cpu_borrow,
+    .give_back = cpu_give_back,
+    .allocate = cpu_allocate,
+    .release = cpu_release,
+    .attach = cpu_attach,
+    .begin = cpu_begin,
+    .clear = cpu_clear,
+    .take = cpu_take,
+    .run = cpu_run,
+    .give = cpu_give,
+    .end = cpu_end,
+    .status = cpu_status,
+};
+
+/* ---- chunks ---- */
+
 /* T > 0 and k > 0. */
-static int run_chunks(moec_context *c, const moec_layer_state *s, const moec_call *call,
-                      const tensors *t, const checking *check) {
+static int run_chunks(moec_context *c, const moec_job *job) {
+  const moec_layer_state *s = job->layer;
+  const moec_call *call = job->call;
+  const tensors *t = job->t;
+  const checking *check = job->check;
+  const moec_target *target = c->model->target;
   const moec_layer_code *code = s->desc->code;
   const moec_entry *entries[2];
   int r = find_entries(check, s, call, t, entries);
@@ -656,22 +766,6 @@ static int run_chunks(moec_context *c, const moec_layer_state *s, const moec_cal
                      "%s: %s: experts: expected at most %lld ids for a token, but got %lld; a "
                      "context with more max_tokens holds more",
                      check->where, check->layer, (long long)rows, (long long)t->k);
-  if (call->experts && !(call->flags & MOEC_SKIP_FOREIGN)) {
-    const int64_t bad = find_foreign(&t->experts, 0, t->T, t->k, code->E);
-    if (bad >= 0)
-      return moec_fail(check->error, MOEC_E_EXPERT_ID,
-                       "%s: %s: experts[%lld, %lld]: expected -1 to %lld, but got %lld",
-                       check->where, check->layer, (long long)(bad / t->k), (long long)(bad % t->k),
-                       (long long)code->E - 1,
-                       (long long)read_id(&t->experts, bad / t->k, bad % t->k));
-  }
-  if (c->lanes > 1 && c->forks != moec_fork_generation() && moec_is_pool(&c->executor)) {
-    if (moec_pool_ready(&c->executor)) /* the first call in a child of fork */
-      return moec_fail(check->error, MOEC_E_IO,
-                       "%s: expected %d threads after fork, but got fewer: the system refused",
-                       check->where, c->lanes);
-    c->forks = moec_fork_generation();
-  }
   moec_frame *f = &c->frame;
   f->workspace = c->scratch;
   f->weights = s->weights;
@@ -699,22 +793,20 @@ static int run_chunks(moec_context *c, const moec_layer_state *s, const moec_cal
       f->logits = (float *)(void *)t->logits_out.data + first * t->logits_out.stride;
     else if (entries[0]->kind == MOEC_ENTRY_ROUTE)
       f->logits = c->logits;
-    if (call->experts) {
-      convert_ids(&t->experts, first, n, t->k, code->E, c->ids);
-      convert_weights(&t->weights, first, n, t->k, c->weights);
-    }
-    run_entry(c, entries[0]);
+    if (call->experts)
+      target->take(c, job, first, n);
+    target->run(c, entries[0]);
     if (entries[1]) {
       f->logits = NULL;
-      run_entry(c, entries[1]);
+      target->run(c, entries[1]);
     }
-    copy_out(c, t, call, first, n, code->E);
+    target->give(c, job, first, n);
   }
   return 0;
 }
 
 int moec_run(moec_context *c, int32_t layer, const moec_call *call, moec_error *error) {
-  checking k = {"moec_run", "", error, {{0}}, 0};
+  checking k = {"moec_run", "", error, moec_host, {{0}}, 0};
   if (!c || !call)
     return moec_fail(error, MOEC_E_ARGUMENT, "%s: %s: expected a pointer, but got NULL", k.where,
                      c ? "call" : "context");
@@ -727,6 +819,7 @@ int moec_run(moec_context *c, int32_t layer, const moec_call *call, moec_error *
   const moec_layer_state *s = &c->model->layers[layer];
   const moec_layer_code *code = s->desc->code;
   k.layer = s->desc->name;
+  k.device = c->model->device;
   tensors t;
   memset(&t, 0, sizeof t);
   if ((r = check_call(&k, code, call, &t)))
@@ -745,14 +838,18 @@ int moec_run(moec_context *c, int32_t layer, const moec_call *call, moec_error *
                        "%s: %s: expected an idle context, but got one that runs another call; give "
                        "every thread its own",
                        k.where, k.layer);
-  if (call->counts_out)
-    memset(t.counts_out.data, 0, (size_t)(code->E + 1) * 4);
-  if (t.T && t.k)
-    r = run_chunks(c, s, call, &t, &k);
-  else if (t.T && !(call->flags & MOEC_ACCUMULATE)) /* no slots: the empty sum */
-    for (int64_t i = 0; i < t.T; ++i)
-      memset(t.y.data + i * t.y.stride * moec_dtype_bytes(t.y.dtype), 0,
-             (size_t)(code->H * moec_dtype_bytes(t.y.dtype)));
+  const moec_target *target = c->model->target;
+  const moec_job job = {s, call, &t, &k};
+  if (!(r = target->begin(c, &job))) {
+    const int64_t counts = (code->E + 1) * 4, row = code->H * moec_dtype_bytes(t.y.dtype);
+    if (call->counts_out)
+      target->clear(c, t.counts_out.data, counts, counts, 1);
+    if (t.T && t.k)
+      r = run_chunks(c, &job);
+    else if (t.T && !(call->flags & MOEC_ACCUMULATE)) /* no slots: the empty sum */
+      target->clear(c, t.y.data, t.y.stride * moec_dtype_bytes(t.y.dtype), row, t.T);
+    r = target->end(c, &job, r);
+  }
   atomic_store_explicit(&c->busy, 0, memory_order_release);
   return r ? r : moec_succeed(error);
 }

@@ -72,6 +72,8 @@ void moec_futex_wake(_Atomic uint32_t *word, int32_t count);
 
 /* ---- model (Model.c) ---- */
 
+typedef struct moec_job moec_job;
+
 typedef struct {
   const moec_layer_desc *desc;
   const moec_level_code *level;
@@ -80,25 +82,73 @@ typedef struct {
   unsigned char *memory; /* what the weights lie in */
   size_t memory_bytes;
   bool mapped;                           /* memory is a file: read only */
+  uint64_t device_memory;                /* the same on a GPU */
   int64_t missing;                       /* (expert, part) matrices that were never set; 0: runs */
   unsigned char *have[MOEC_MAX_WEIGHTS]; /* MOEC_NONE: one byte per row group that was set */
 } moec_layer_state;
 
+/* Where weights, workspaces and tensors live, and what runs there. Functions that return int set
+   the error and return its number. */
+typedef struct moec_target {
+  uint32_t alignment;  /* of a workspace and everything in it */
+  bool has_lanes;      /* runs on an executor */
+  uint32_t more_bytes; /* of a workspace: the end of it, for `attach` */
+  /* Of a model whose code was checked: finds the device, loads code. `close` undoes it. */
+  int (*open)(moec_model *, const char *where, moec_error *);
+  void (*close)(moec_model *);
+  /* The weights of a layer were loaded into host memory: brings them to the device. */
+  int (*place)(moec_model *, moec_layer_state *, const char *where, moec_error *);
+  /* Memory of its own for every weight of a layer; gives a layer's memory back. */
+  int (*arena)(moec_model *, moec_layer_state *, const char *where, moec_error *);
+  void (*drop)(moec_model *, moec_layer_state *);
+  /* Bytes of a weight for the host to read or change; `give_back` writes them if `changed`. */
+  int (*borrow)(moec_model *, const void *weight, uint64_t bytes, void **host, const char *where,
+                moec_error *);
+  int (*give_back)(moec_model *, const void *weight, uint64_t bytes, void *host, bool changed,
+                   const char *where, moec_error *);
+  int (*allocate)(moec_model *, uint64_t bytes, int64_t max_tokens, void **memory,
+                  const char *where, moec_error *); /* of a context */
+  void (*release)(moec_model *, void *memory, uint64_t bytes);
+  int (*attach)(moec_context *, void *more, const char *where, moec_error *); /* ends creation */
+
+  /* A call, in this order: */
+  int (*begin)(moec_context *, const moec_job *);
+  void (*clear)(moec_context *, void *to, int64_t step, int64_t width, int64_t rows); /* bytes */
+  void (*take)(moec_context *, const moec_job *, int64_t first, int64_t rows); /* ids, weights */
+  void (*run)(moec_context *, const moec_entry *);
+  void (*give)(moec_context *, const moec_job *, int64_t first, int64_t rows); /* routing, counts */
+  int (*end)(moec_context *, const moec_job *, int result); /* after every begin that succeeded */
+  int (*status)(moec_context *, moec_error *);
+} moec_target;
+
+extern const moec_target moec_cpu_target;  /* Context.c */
+extern const moec_target moec_cuda_target; /* Cuda*.c */
+
 struct moec_model {
   atomic_int references;
+  const moec_target *target;
+  DLDevice device;
+  struct moec_gpu *gpu; /* of the target */
   const moec_module *module;
   void *handle; /* dlopen */
   int32_t layer_count;
   moec_layer_state *layers;
 };
 
+/* Code of a GPU. */
+static inline bool moec_has_images(const moec_module *m) {
+  return m->struct_size >= sizeof *m && m->image_count > 0;
+}
 uint64_t moec_weight_packed_bytes(const moec_weight_desc *w);
 int moec_format_dtype(const char *format); /* MOEC_DT_F32 | MOEC_DT_BF16, -1: neither */
 /* MOEC_NONE: no piece of this weight was set; returns how many there are. */
 int64_t moec_forget_weight(moec_layer_state *layer, int32_t weight);
-int moec_layer_arena(moec_layer_state *layer); /* private memory for every weight; -1: no memory */
+uint64_t moec_layer_bytes(const moec_layer_code *code); /* of its weights */
+int moec_layer_arena(moec_layer_state *layer); /* host memory for every weight; -1: no memory */
 
 /* ---- tensors (Tensor.c) ---- */
+
+static const DLDevice moec_host = {kDLCPU, 0};
 
 typedef struct {
   char *data;     /* byte_offset added */
@@ -110,6 +160,7 @@ enum { MOEC_DT_I32 = 16, MOEC_DT_I64 = 17, MOEC_DT_OTHER = -1 };
 int32_t moec_dtype(DLDataType t);
 int32_t moec_dtype_bytes(int32_t dtype);
 void moec_dtype_text(DLDataType t, char text[24]);
-int moec_check_device(const DLTensor *t, const char *where, const char *name, moec_error *error);
+int moec_check_device(const DLTensor *t, DLDevice device, const char *where, const char *name,
+                      moec_error *error);
 
 #endif

@@ -21,6 +21,7 @@ typedef struct {
   int32_t load, verify;
   const moec_level_info *cap; /* NULL: none */
   moec_error *error;
+  DLDevice device;
 } opening;
 
 /* ---- formats ---- */
@@ -124,7 +125,7 @@ static int read_all(int fd, void *to, uint64_t bytes, uint64_t offset) {
 
 /* ---- weights of one layer ---- */
 
-static uint64_t layer_bytes(const moec_layer_code *code) {
+uint64_t moec_layer_bytes(const moec_layer_code *code) {
   uint64_t sum = 0;
   for (int32_t i = 0; i < code->weight_count; ++i)
     sum += code->weights[i].bytes;
@@ -135,7 +136,7 @@ int moec_layer_arena(moec_layer_state *layer) {
   const moec_layer_code *code = layer->desc->code;
   if (layer->memory && !layer->mapped)
     return 0;
-  size_t bytes = (size_t)layer_bytes(code);
+  size_t bytes = (size_t)moec_layer_bytes(code);
   unsigned char *arena = moec_map_memory(bytes), *next = arena;
   if (!arena)
     return -1;
@@ -266,7 +267,7 @@ static int load_layer(const opening *o, moec_layer_state *layer) {
   } else {
     if (moec_layer_arena(layer)) {
       r = moec_fail(e, MOEC_E_MEMORY, "%s: %s: expected %llu bytes of memory, but got none", w,
-                    desc->name, (unsigned long long)layer_bytes(code));
+                    desc->name, (unsigned long long)moec_layer_bytes(code));
       goto done;
     }
     for (int32_t i = 0; !r && i < code->weight_count; ++i) {
@@ -327,9 +328,9 @@ static int check_module(const opening *o, const moec_module *m) {
                      "again with this version, or update libmoec",
                      w, MOEC_ABI >> 16, MOEC_ABI >> 16, MOEC_ABI & 0xffff, m->abi >> 16,
                      m->abi & 0xffff);
-  if (m->struct_size < sizeof *m || m->layer_count < 0 || !m->name ||
-      (m->layer_count && !m->layers))
-    return moec_fail(e, MOEC_E_ABI, "%s: expected a module of %zu bytes, but got %zu", w, sizeof *m,
+  const size_t least = offsetof(moec_module, image_count); /* of 1.0 */
+  if (m->struct_size < least || m->layer_count < 0 || !m->name || (m->layer_count && !m->layers))
+    return moec_fail(e, MOEC_E_ABI, "%s: expected a module of %zu bytes, but got %zu", w, least,
                      m->struct_size);
   for (int32_t i = 0; i < m->layer_count; ++i) {
     const moec_layer_desc *d = &m->layers[i];
@@ -378,8 +379,28 @@ static void list_levels(const moec_layer_code *c, char *text, size_t size) {
     n += (size_t)snprintf(text + n, size - n, "%s%s", i ? ", " : "", c->levels[i].level);
 }
 
-static int choose_level(const opening *o, moec_layer_state *layer) {
+/* Puts the entries of the layer's level where calls find them. */
+static int check_entries(const opening *o, moec_layer_state *layer) {
+  for (int32_t i = 0; i < layer->level->entry_count; ++i) {
+    const moec_entry *en = &layer->level->entries[i];
+    if (en->kind < 0 || en->kind > 2 || en->x_dtype < 0 || en->x_dtype > 1 ||
+        (en->kind != MOEC_ENTRY_ROUTE && (en->y_dtype < 0 || en->y_dtype > 1)) ||
+        en->stage_count < 1 || en->stage_count > MOEC_MAX_STAGES)
+      return moec_fail(o->error, MOEC_E_ABI,
+                       "%s: %s: expected a well-formed entry, but got entry %d", o->where,
+                       layer->desc->name, i);
+    layer->entry[en->kind][en->x_dtype][en->kind == MOEC_ENTRY_ROUTE ? 0 : en->y_dtype] = en;
+  }
+  return 0;
+}
+
+/* Code of a GPU has one level; which image of it runs is the target's to find out. */
+static int choose_level(const opening *o, const moec_module *module, moec_layer_state *layer) {
   const moec_layer_code *c = layer->desc->code;
+  if (moec_has_images(module)) {
+    layer->level = &c->levels[0];
+    return check_entries(o, layer);
+  }
   const char *lacks = NULL, *lacking = NULL;
   int32_t best = 0;
   for (int32_t i = 0; i < c->level_count; ++i) {
@@ -414,17 +435,7 @@ static int choose_level(const opening *o, moec_layer_state *layer) {
         "%s: %s: expected a level that this runtime knows%s%s, but got a library with: "
         "%s",
         o->where, layer->desc->name, o->cap ? ", up to " : "", o->cap ? o->cap->name : "", have);
-  for (int32_t i = 0; i < layer->level->entry_count; ++i) {
-    const moec_entry *en = &layer->level->entries[i];
-    if (en->kind < 0 || en->kind > 2 || en->x_dtype < 0 || en->x_dtype > 1 ||
-        (en->kind != MOEC_ENTRY_ROUTE && (en->y_dtype < 0 || en->y_dtype > 1)) ||
-        en->stage_count < 1 || en->stage_count > MOEC_MAX_STAGES)
-      return moec_fail(o->error, MOEC_E_ABI,
-                       "%s: %s: expected a well-formed entry, but got entry %d", o->where,
-                       layer->desc->name, i);
-    layer->entry[en->kind][en->x_dtype][en->kind == MOEC_ENTRY_ROUTE ? 0 : en->y_dtype] = en;
-  }
-  return 0;
+  return check_entries(o, layer);
 }
 
 static int read_cap(opening *o, const char *name, const char *source) {
@@ -458,11 +469,12 @@ static void release(moec_model *m) {
   if (!m || atomic_fetch_sub(&m->references, 1) != 1)
     return;
   for (int32_t i = 0; m->layers && i < m->layer_count; ++i) {
-    moec_unmap_memory(m->layers[i].memory, m->layers[i].memory_bytes);
+    m->target->drop(m, &m->layers[i]);
     for (int32_t j = 0; j < MOEC_MAX_WEIGHTS; ++j)
       free(m->layers[i].have[j]);
   }
   free(m->layers);
+  m->target->close(m);
   if (m->handle)
     dlclose(m->handle);
   free(m);
@@ -484,15 +496,21 @@ static int check_options(opening *o, const moec_open_options *options, const cha
     if (options->verify != 0 && options->verify != 1)
       return moec_fail(e, MOEC_E_ARGUMENT, "%s: verify: expected 0 or 1, but got %d", w,
                        options->verify);
-    int device = (int)options->device.device_type;
-    if (device != 0 && device != kDLCPU)
+    const DLDevice device = options->device;
+    if ((int)device.device_type != 0 && device.device_type != kDLCPU &&
+        device.device_type != kDLCUDA)
       return moec_fail(e, MOEC_E_UNSUPPORTED,
-                       "%s: device: expected the CPU, but got device type %d; this version of the "
-                       "runtime has no other",
-                       w, device);
-    if (options->device.device_id != 0)
+                       "%s: device: expected the CPU or a CUDA device, but got device type %d", w,
+                       (int)device.device_type);
+    if (device.device_type == kDLCUDA && options->cpu_level)
+      return moec_fail(e, MOEC_E_ARGUMENT,
+                       "%s: cpu_level: expected NULL for a CUDA device, but got \"%s\"", w,
+                       options->cpu_level);
+    if (device.device_type == kDLCUDA)
+      o->device = device;
+    else if (device.device_id != 0)
       return moec_fail(e, MOEC_E_NO_DEVICE, "%s: device: expected CPU 0, but got CPU %d", w,
-                       options->device.device_id);
+                       device.device_id);
     o->load = options->load;
     o->verify = options->verify;
     *weights = options->weights;
@@ -500,7 +518,7 @@ static int check_options(opening *o, const moec_open_options *options, const cha
     if (r)
       return r;
   }
-  return read_cap(o, getenv("MOEC_CPU"), "MOEC_CPU");
+  return o->device.device_type == kDLCUDA ? 0 : read_cap(o, getenv("MOEC_CPU"), "MOEC_CPU");
 }
 
 /* Takes over `handle`, which is closed on failure. */
@@ -514,12 +532,16 @@ static int open_checked(opening *o, const moec_module *module, void *handle, moe
     return r ? r : moec_fail(e, MOEC_E_MEMORY, "%s: expected memory, but got none", o->where);
   }
   atomic_store(&m->references, 1);
+  m->device = o->device;
+  m->target = o->device.device_type == kDLCUDA ? &moec_cuda_target : &moec_cpu_target;
   m->module = module;
   m->handle = handle;
   m->layer_count = module->layer_count;
   m->layers = calloc((size_t)m->layer_count + 1, sizeof *m->layers);
   if (!m->layers)
     r = moec_fail(e, MOEC_E_MEMORY, "%s: expected memory, but got none", o->where);
+  if (!r)
+    r = m->target->open(m, o->where, e);
   o->weights_fd = -1;
   if (!r && o->load != MOEC_NONE) {
     o->weights_fd = open(o->weights, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -529,9 +551,11 @@ static int open_checked(opening *o, const moec_module *module, void *handle, moe
   }
   for (int32_t i = 0; !r && i < m->layer_count; ++i) {
     m->layers[i].desc = &module->layers[i];
-    r = choose_level(o, &m->layers[i]);
-    if (!r)
-      r = o->load == MOEC_NONE ? expect_weights(o, &m->layers[i]) : load_layer(o, &m->layers[i]);
+    r = choose_level(o, module, &m->layers[i]);
+    if (!r && o->load == MOEC_NONE)
+      r = expect_weights(o, &m->layers[i]);
+    else if (!r && !(r = load_layer(o, &m->layers[i])))
+      r = m->target->place(m, &m->layers[i], o->where, e);
   }
   if (o->weights_fd >= 0)
     close(o->weights_fd);
@@ -545,7 +569,7 @@ static int open_checked(opening *o, const moec_module *module, void *handle, moe
 
 int moec_open_module(const moec_module *module, const moec_open_options *options, moec_model **out,
                      moec_error *error) {
-  opening o = {"moec_open_module", NULL, -1, MOEC_MAP, 0, NULL, error};
+  opening o = {"moec_open_module", NULL, -1, MOEC_MAP, 0, NULL, error, moec_host};
   if (out)
     *out = NULL;
   if (!out || !module)
@@ -621,7 +645,7 @@ static int find_library(const char *where, const char *dir, int fd, char name[NA
 
 int moec_open(const char *dir, const moec_open_options *options, moec_model **out,
               moec_error *error) {
-  opening o = {"moec_open", NULL, -1, MOEC_MAP, 0, NULL, error};
+  opening o = {"moec_open", NULL, -1, MOEC_MAP, 0, NULL, error, moec_host};
   if (out)
     *out = NULL;
   if (!out || !dir)
@@ -716,7 +740,7 @@ int moec_get_layer_info(const moec_model *model, int32_t layer, moec_layer_info 
       break;
     }
   info->level = s->level->level;
-  info->weight_bytes = layer_bytes(c);
+  info->weight_bytes = moec_layer_bytes(c);
   info->active_flops = c->active_flops;
   return moec_succeed(error);
 }

@@ -49,7 +49,7 @@ int moec_get_weight(const moec_model *model, int32_t layer, const char *role, DL
     return moec_fail(error, MOEC_E_ARGUMENT,
                      "%s: %s: role: expected gate_up, gate, up or down, but got \"%.64s\"", w, name,
                      role);
-  r = moec_check_device(dst, w, "dst", error);
+  r = moec_check_device(dst, moec_host, w, "dst", error);
   if (r)
     return r;
   const moec_weight_desc *d = &c->weights[at];
@@ -87,16 +87,23 @@ int moec_get_weight(const moec_model *model, int32_t layer, const char *role, DL
 
   const int32_t format = moec_format_dtype(d->format);
   const uint64_t step = moec_pack_expert_bytes(MOEC_PANEL32, format, parts, d->rows, d->cols);
-  for (int64_t e = 0; e < d->experts; ++e)
+  moec_model *m = (moec_model *)(uintptr_t)model; /* borrowing changes nothing of it */
+  for (int64_t e = 0; e < d->experts; ++e) {
+    const char *place = (const char *)s->weights[at] + (uint64_t)e * step;
+    void *piece;
+    if ((r = m->target->borrow(m, place, step, &piece, w, error)))
+      return r;
     for (int32_t p = 0; p < parts; ++p) {
       if (part >= 0 && p != part)
         continue;
       const int64_t row0 = part < 0 ? p * d->rows : 0;
-      moec_unpack_strided(MOEC_PANEL32, (const char *)s->weights[at] + (uint64_t)e * step, format,
-                          parts, p, d->rows, d->cols,
+      moec_unpack_strided(MOEC_PANEL32, piece, format, parts, p, d->rows, d->cols,
                           data + (e * stride[0] + row0 * stride[1]) * size, to, stride[1],
                           stride[2]);
     }
+    if ((r = m->target->give_back(m, place, step, piece, false, w, error)))
+      return r;
+  }
   return moec_succeed(error);
 }
 
@@ -111,9 +118,7 @@ int moec_release_weights(moec_model *model, int32_t layer, moec_error *error) {
     return moec_fail(error, MOEC_E_ARGUMENT,
                      "%s: %s: expected a model opened with MOEC_NONE, but got one with files", w,
                      s->desc->name);
-  moec_unmap_memory(s->memory, s->memory_bytes);
-  s->memory = NULL;
-  s->memory_bytes = 0;
+  model->target->drop(model, s);
   s->missing = 0;
   for (int32_t i = 0; i < c->weight_count; ++i) {
     s->weights[i] = NULL;

@@ -37,10 +37,23 @@ void moec_dtype_text(DLDataType t, char text[24]) {
     snprintf(text, 24, "%s%u", kind, t.bits);
 }
 
-int moec_check_device(const DLTensor *t, const char *where, const char *name, moec_error *error) {
-  if (t->device.device_type == kDLCPU)
+static void device_text(DLDevice d, char text[40]) {
+  if (d.device_type == kDLCUDA)
+    snprintf(text, 40, "CUDA device %d", d.device_id);
+  else if (d.device_type == kDLCPU)
+    snprintf(text, 40, "the CPU");
+  else
+    snprintf(text, 40, "device type %d", (int)d.device_type);
+}
+
+int moec_check_device(const DLTensor *t, DLDevice device, const char *where, const char *name,
+                      moec_error *error) {
+  if (t->device.device_type == device.device_type &&
+      (device.device_type == kDLCPU || t->device.device_id == device.device_id))
     return 0;
-  return moec_fail(error, MOEC_E_DEVICE,
-                   "%s: %s: expected memory of the CPU (device type 1), but got device type %d",
-                   where, name, (int)t->device.device_type);
+  char want[40], got[40];
+  device_text(device, want);
+  device_text(t->device, got);
+  return moec_fail(error, MOEC_E_DEVICE, "%s: %s: expected memory of %s, but got memory of %s",
+                   where, name, want, got);
 }

@@ -101,7 +101,7 @@ int moec_set_weight(moec_model *model, int32_t layer, const char *role, int64_t 
 
   /* The matrix of one expert: [rows][cols]; a vector has one column. */
   const int64_t rows = t.by_row ? 1 : d->rows * (t.part < 0 ? 2 : 1), cols = d->cols;
-  int r = moec_check_device(src, w, "src", error);
+  int r = moec_check_device(src, moec_host, w, "src", error);
   if (r)
     return r;
   if (src->ndim < 1 || src->ndim > 3 || !src->shape)
@@ -187,14 +187,19 @@ int moec_set_weight(moec_model *model, int32_t layer, const char *role, int64_t 
           w, name, role, d->format, (long long)(expert < 0 ? e : expert), (long long)(bad / cols),
           (long long)(bad % cols));
   }
-  if (moec_layer_arena(s))
-    return moec_fail(error, MOEC_E_MEMORY, "%s: %s: expected memory for its weights, but got none",
-                     w, name);
-  char *tensor = (char *)(uintptr_t)s->weights[t.weight];
+  const moec_target *device = model->target;
+  if ((r = device->arena(model, s, w, error)))
+    return r;
+  const char *tensor = s->weights[t.weight];
+  void *piece;
   if (t.by_row) {
     const int64_t row0 = expert < 0 ? 0 : expert;
     moec_pack_source m = {data - row0 * stride[0] * size, dtype, stride[0], stride[2]};
-    (void)moec_pack(layout, tensor, format, 1, 0, d->rows, cols, row0, row0 + n, &m);
+    if ((r = device->borrow(model, tensor, d->bytes, &piece, w, error)))
+      return r;
+    (void)moec_pack(layout, piece, format, 1, 0, d->rows, cols, row0, row0 + n, &m);
+    if ((r = device->give_back(model, tensor, d->bytes, piece, true, w, error)))
+      return r;
     for (int64_t i = row0; s->have[t.weight] && i < row0 + n; ++i) {
       s->missing -= !s->have[t.weight][i];
       s->have[t.weight][i] = 1;
@@ -204,18 +209,22 @@ int moec_set_weight(moec_model *model, int32_t layer, const char *role, int64_t 
   const uint64_t step = moec_pack_expert_bytes(layout, format, parts, d->rows, cols);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t e = expert < 0 ? i : expert;
+    const char *place = tensor + (uint64_t)e * step;
+    if ((r = device->borrow(model, place, step, &piece, w, error)))
+      return r;
     for (int32_t p = 0; p < parts; ++p) {
       if (t.part >= 0 && p != t.part)
         continue;
       const int64_t skip = t.part < 0 ? p * d->rows * stride[1] : 0;
       moec_pack_source m = {data + (i * stride[0] + skip) * size, dtype, stride[1], stride[2]};
-      (void)moec_pack(layout, tensor + (uint64_t)e * step, format, parts, p, d->rows, cols, 0,
-                      d->rows, &m);
+      (void)moec_pack(layout, piece, format, parts, p, d->rows, cols, 0, d->rows, &m);
       if (s->have[t.weight]) {
         s->missing -= !s->have[t.weight][e * parts + p];
         s->have[t.weight][e * parts + p] = 1;
       }
     }
+    if ((r = device->give_back(model, place, step, piece, true, w, error)))
+      return r;
   }
   return moec_succeed(error);
 }

@@ -36,7 +36,8 @@ def load(
     weights     another folder of packed weights for the same code; None: those in dir
     load        "map": the files are mapped, starts at once; "copy": read into memory, runs fastest;
                 "none": no files, every weight comes by layer.set_weight
-    device      "cpu"
+    device      "cpu", "cuda" or "cuda:1": a library for GPUs (moec compile --target cuda) takes
+                torch's CUDA tensors of that device and runs on torch's current stream
     threads     None: all this process may use, in a pool shared by all libraries; a number: a pool
                 of its own; or an executor, as moec.Pool(8). No result depends on it
     verify      check the hash of every weight byte
@@ -66,7 +67,9 @@ def _load(arguments: dict[str, Any]) -> _moec.Library:
         _refuse("load", ", ".join(f'"{k}"' for k in _LOAD), repr(a["load"]))
     match = re.fullmatch(r"([a-z]+)(?::(\d+))?", str(a["device"]))
     if not match or match[1] not in _DEVICES:
-        _refuse("device", '"cpu"', repr(a["device"]))
+        _refuse("device", '"cpu", "cuda" or "cuda:1"', repr(a["device"]))
+    if match[1] == "cuda" and a["threads"] is not None:
+        _refuse("threads", "None for a GPU", repr(a["threads"]))
     return _moec.Library(
         a["dir"],
         a["weights"],
@@ -75,7 +78,7 @@ def _load(arguments: dict[str, Any]) -> _moec.Library:
         _DEVICES[match[1]] + (match[1] == "cpu"),  # DLPack numbers the CPU 1, CUDA 2
         int(match[2] or 0),
         a["cpu_level"],
-        _executor(a["threads"]),
+        _executor(a["threads"]) if match[1] == "cpu" else None,
         a["max_tokens"],
         arguments,
     )

@@ -45,27 +45,38 @@ public:
     check(code, error);
   }
   ~Library() {
-    for (moec_context *context : idle)
-      moec_context_destroy(context);
+    for (const Context &context : idle)
+      moec_context_destroy(context.context);
     moec_close(model);
   }
   Library(const Library &) = delete;
 
   int32_t count() const { return moec_layer_count(model); }
 
+  /// What a GPU has reported since the last check, as an error. The caller has synchronised.
+  void checkDevice() {
+    moec_error error;
+    nb::ft_lock_guard guard(mutex);
+    for (const Context &context : idle)
+      check(moec_context_status(context.context, &error), error);
+  }
+
   /// One call in a context nobody else is using. Contexts are kept and are as many as there ever
   /// were calls at the same time. The list is touched with the GIL held only, so a fork between
-  /// two Python instructions finds it whole.
+  /// two Python instructions finds it whole. On a GPU a context stays with its stream: kernels of
+  /// an earlier call may still be using the workspace.
   void run(int32_t layer, const moec_call &call) {
     moec_context *context = nullptr;
     moec_error error;
     int code = 0;
     {
       nb::ft_lock_guard guard(mutex);
-      if (!idle.empty()) {
-        context = idle.back();
-        idle.pop_back();
-      }
+      for (size_t i = idle.size(); i-- > 0 && !context;)
+        if (idle[i].stream == call.stream) {
+          context = idle[i].context;
+          idle[i] = idle.back();
+          idle.pop_back();
+        }
     }
     if (!context) {
       moec_context_options options;
@@ -80,7 +91,7 @@ public:
     }
     {
       nb::ft_lock_guard guard(mutex);
-      idle.push_back(context);
+      idle.push_back({context, call.stream});
     }
     check(code, error);
   }
@@ -93,7 +104,11 @@ private:
   moec_executor *executor = nullptr;
   int64_t maxTokens;
   nb::ft_mutex mutex;
-  std::vector<moec_context *> idle;
+  struct Context {
+    moec_context *context;
+    void *stream; // of the last call
+  };
+  std::vector<Context> idle;
 };
 
 struct LayerInfo {
@@ -207,6 +222,7 @@ public:
     nb::object weightObject = allocate(x, chosen, 2, Element::F32, weights);
     call.experts_out = ids.get();
     call.weights_out = weights.get();
+    call.stream = x.stream();
     if (!logits) {
       library->run(number, call);
       return nb::make_tuple(idObject, weightObject);
@@ -301,6 +317,7 @@ private:
       call.flags |= MOEC_ACCUMULATE;
     call.x = x.get();
     call.y = y.get();
+    call.stream = x.stream();
     library->run(number, call);
     return out;
   }

@@ -170,6 +170,16 @@ public:
   DLTensor *get() { return &view; }
 
   bool fromTorch() const { return api != nullptr; }
+
+  /// The stream on which the tensor's framework is working on its device; null on the CPU.
+  void *stream() const {
+    void *current = nullptr;
+    if (view.device.device_type == kDLCPU || !api || !api->current_work_stream)
+      return nullptr;
+    if (api->current_work_stream(view.device.device_type, view.device.device_id, &current))
+      throw nb::python_error();
+    return current;
+  }
   const DLPackExchangeAPI *table() const { return api; }
 
   DLTensor view{};

@@ -214,6 +214,9 @@ NB_MODULE(_moec, m) {
       .def_prop_ro(
           "arguments", [](const Library &l) { return l.arguments; }, "What moec.load was given.")
       .def_prop_ro("path", [](const Library &l) { return l.arguments["dir"]; })
+      .def("check_device", &Library::checkDevice,
+           "On a GPU, after synchronising: raises what the device has reported since the last "
+           "check, as an expert id that does not exist. On the CPU calls report everything.")
       .def("__len__", &Library::count)
       .def("__repr__",
            [](const Library &l) {

@@ -322,7 +322,7 @@ def test_foreign_ids_are_skipped_when_asked(layer):
         ({"dir": "/nonexistent"}, "E-IO", OSError),
         ({"load": "borrow"}, "E-ARGUMENT", ValueError),
         ({"device": "tpu"}, "E-ARGUMENT", ValueError),
-        ({"device": "cuda"}, "E-UNSUPPORTED", ValueError),
+        ({"device": "cuda"}, "E-ARCH", RuntimeError),
         ({"threads": 0}, "E-ARGUMENT", ValueError),
         ({"threads": "many"}, "E-ARGUMENT", ValueError),
         ({"cpu_level": "x86-64-v9"}, "E-ISA", RuntimeError),

@@ -404,7 +404,8 @@ def test_interrupted(checkpoint, tmp_path):
         ["--layers", "7"],
         ["--layers", "x"],
         ["--nonsense"],
-        ["--target", "cuda"],
+        ["--target", "cuda", "--gpu", "sm_90a"],
+        ["--target", "rocm"],
     ],
 )
 def test_options(checkpoint, options):

@@ -14,6 +14,7 @@
 #include "moe/Export/Manifest.h"
 #include "moe/Export/Module.h"
 #include "moe/Export/Output.h"
+#include "moe/Export/Ptxas.h"
 
 #include "llvm/Support/FileSystem.h"
 #include "llvm/Support/Path.h"
@@ -44,13 +45,19 @@ static cl::opt<std::string> dtypeOption("dtype", cl::init("auto"),
                                         cl::value_desc("auto|f32|bf16"), cl::cat(category()),
                                         cl::sub(compileParser()));
 static cl::opt<std::string> targetOption("target", cl::init("cpu"),
-                                         cl::desc("Target (default cpu)"), cl::value_desc("cpu"),
-                                         cl::cat(category()), cl::sub(compileParser()));
+                                         cl::desc("Target (default cpu)"),
+                                         cl::value_desc("cpu|cuda"), cl::cat(category()),
+                                         cl::sub(compileParser()));
 static cl::opt<std::string>
     cpuOption("cpu", cl::init("multi"),
               cl::desc("CPU levels (default multi: every level in one library, chosen at load)"),
               cl::value_desc("native|x86-64-v3|x86-64-v4|avx512-bf16|amx-bf16|multi"),
               cl::cat(category()), cl::sub(compileParser()));
+static cl::opt<std::string> gpuOption(
+    "gpu", cl::init("sm_80"),
+    cl::desc("GPUs to make machine code for (default sm_80); newer ones take the PTX that "
+             "is always there"),
+    cl::value_desc("sm_80,sm_86,sm_89,sm_90"), cl::cat(category()), cl::sub(compileParser()));
 static cl::opt<std::string> checkpointOption("checkpoint",
                                              cl::desc("Where weights come from, if not from MODEL"),
                                              cl::value_desc("PATH|random:SEED|none"),
@@ -146,11 +153,22 @@ static llvm::Expected<Request> understand() {
     out.dtype = Format::BF16;
   else if (dtypeOption != "auto")
     return wrong("--dtype", "`auto`, `f32` or `bf16`", dtypeOption);
-  if (targetOption == "cuda" || targetOption == "gpu")
-    return makeError(ErrorCode::TARGET, "--target", "`cpu`", "`" + targetOption + "`",
-                     "this version makes no GPU code");
-  if (targetOption != "cpu")
-    return makeError(ErrorCode::TARGET, "--target", "`cpu`", "`" + targetOption + "`");
+  bool cuda = targetOption == "cuda";
+  if (!cuda && targetOption != "cpu")
+    return makeError(ErrorCode::TARGET, "--target", "`cpu` or `cuda`", "`" + targetOption + "`");
+  if (!cuda && gpuOption.getNumOccurrences())
+    return wrong("--gpu", "no GPU with --target cpu", gpuOption, "add --target cuda");
+  if (cuda && cpuOption.getNumOccurrences())
+    return wrong("--cpu", "no CPU level with --target cuda", cpuOption);
+  if (cuda && strategyOption.getNumOccurrences())
+    return wrong("--strategy", "the chosen schedule with --target cuda", strategyOption,
+                 "gpu_tiles written in a .mlir file after phase `target` are kept");
+  if (cuda) {
+    auto gpus = parseGPUs(gpuOption);
+    if (!gpus)
+      return gpus.takeError();
+    out.pipeline.gpus = std::move(*gpus);
+  }
   auto threads = parseThreads(threadsOption);
   if (!threads)
     return threads.takeError();
@@ -356,6 +374,10 @@ static llvm::Error work(Request request) {
       return error;
   if (spec.layers.empty())
     return makeError(ErrorCode::CONFIG, model, "at least one layer", "none");
+  // Before minutes of work: the assembler that its end needs.
+  if (!request.pipeline.gpus.empty() && request.pipeline.to.empty() && !dryRunOption)
+    if (auto ptxas = findPtxas(); !ptxas)
+      return ptxas.takeError();
   if (llvm::Error error = checkModel(spec))
     return error;
 
@@ -384,6 +406,9 @@ static llvm::Error work(Request request) {
   auto table = compiler.table(spec, /*needCode=*/true);
   if (!table)
     return table.takeError();
+  if (!request.pipeline.gpus.empty())
+    if (llvm::Error error = compiler.addImages(*table, request.pipeline.gpus, stageFolder))
+      return error;
   auto format = request.emit == Emit::Asm    ? mlir::moe::CodeFormat::Assembly
                 : request.emit == Emit::LLVM ? mlir::moe::CodeFormat::LLVM
                                              : mlir::moe::CodeFormat::Object;

@@ -13,6 +13,7 @@
 #include "moe/Dialect/MoE/IR/MoEOps.h"
 #include "moe/Export/Module.h"
 #include "moe/Export/Output.h"
+#include "moe/Export/Ptxas.h"
 #include "moe/Import/Import.h"
 #include "moe/InitAll.h"
 #include "moe/Pipelines/Phases.h"
@@ -20,8 +21,13 @@
 #include "moe/Support/Files.h"
 #include "moe/Support/JSON.h"
 #include "moe/Target/CPU/Level.h"
+#include "moe/Target/GPU/Arch.h"
+#include "moe/Target/GPU/Passes.h"
+#include "moec.h"
+#include "moec/module.h"
 
 #include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "mlir/Dialect/GPU/IR/GPUDialect.h"
 #include "mlir/IR/BuiltinOps.h"
 #include "mlir/IR/Diagnostics.h"
 #include "mlir/IR/PatternMatch.h"
@@ -156,6 +162,28 @@ llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text,
   return out;
 }
 
+llvm::Expected<std::vector<std::string>> parseGPUs(llvm::StringRef text) {
+  std::vector<std::string> known, out;
+  for (llvm::StringRef name : moe::assembledArchNames())
+    known.push_back(name.str());
+  llvm::SmallVector<llvm::StringRef> pieces;
+  text.split(pieces, ',');
+  for (llvm::StringRef piece : pieces) {
+    if (!llvm::is_contained(known, piece)) {
+      const moe::GPUArch *arch = moe::findGPUArch(piece);
+      std::vector<std::string> near = nearestNames(piece, known);
+      return makeError(ErrorCode::TARGET, "--gpu", quoteList(known, "or"), "`" + piece + "`",
+                       arch           ? arch->refusal.str()
+                       : near.empty() ? ""
+                                      : "did you mean " + quoteList(near, "or") + "?");
+    }
+    if (!llvm::is_contained(out, piece))
+      out.push_back(piece.str());
+  }
+  llvm::sort(out);
+  return out;
+}
+
 /// Keys and values that the text of a pass pipeline can carry: its reader counts braces.
 static bool isPlain(llvm::StringRef text) {
   return llvm::all_of(
@@ -212,6 +240,8 @@ static llvm::Expected<std::string> readStrategy(const std::string &path) {
 static llvm::Expected<moe::PipelineOptions> pipelineOptions(const PipelineChoice &choice) {
   moe::PipelineOptions options;
   options.levels = choice.levels;
+  if (!choice.gpus.empty())
+    options.gpu = "sm_80"; // whatever it is assembled for
   options.disabledPasses = choice.disabledPasses;
   auto strategy = readStrategy(choice.strategyFile);
   if (!strategy)
@@ -234,7 +264,10 @@ llvm::Expected<std::string> pipelineText(const PipelineChoice &choice) {
     if (phase.name == "import")
       os << "moec compile MODEL --compile-to import -o import.mlir\n";
     else if (phase.name == "export")
-      os << "moec compile " << before << ".mlir --compile-from " << before << " -o DIR\n";
+      os << "moec compile " << before << ".mlir --compile-from " << before
+         << (options->isGPU() ? " --target cuda" : "") << " -o DIR\n";
+    else if (pipeline.empty())
+      continue;
     else
       os << "moe-opt " << before << ".mlir --pass-pipeline='" << pipeline << "' -o " << phase.name
          << ".mlir\n";
@@ -368,6 +401,15 @@ static llvm::json::Value collectStrategies(mlir::ModuleOp module) {
       std::string key = "router";
       if (mlir::isa<moe::GroupedMatmulOp>(op))
         key = "grouped_matmul." + std::to_string(number++);
+      if (auto tiles = op->getAttrOfType<mlir::ArrayAttr>("gpu_tiles")) {
+        llvm::json::Array list;
+        for (mlir::Attribute tile : tiles) {
+          std::string text;
+          llvm::raw_string_ostream(text) << tile;
+          list.push_back(std::move(text));
+        }
+        ops[key] = llvm::json::Object{{"gpu_tiles", std::move(list)}};
+      }
       auto strategy = op->getAttrOfType<moe::StrategyAttr>("strategy");
       if (!strategy)
         return;
@@ -470,6 +512,33 @@ llvm::Expected<moe::CodeTable> ModuleCompiler::table(const ModelSpec &spec, bool
     table->layers[i].id = layerId(spec.layers[i]);
   }
   return table;
+}
+
+llvm::Error ModuleCompiler::addImages(moe::CodeTable &table, llvm::ArrayRef<std::string> gpus,
+                                      llvm::StringRef scratch) {
+  auto kernels = (*impl->module)->getAttrOfType<mlir::ArrayAttr>(moe::kKernelsAttrName);
+  auto binaries = llvm::to_vector(impl->module->getOps<mlir::gpu::BinaryOp>());
+  if (!kernels || binaries.size() != 1 || binaries.front().getObjects().size() != 1)
+    return makeError(ErrorCode::INTERNAL, "codegen", "one module of kernels",
+                     llvm::Twine(binaries.size()), "run the phases up to `codegen` for cuda first");
+  for (auto kernel : kernels.getAsRange<mlir::DictionaryAttr>())
+    table.kernels.push_back(
+        {kernel.getAs<mlir::StringAttr>("name").str(),
+         static_cast<uint32_t>(kernel.getAs<mlir::IntegerAttr>("threads").getInt()),
+         static_cast<uint32_t>(kernel.getAs<mlir::IntegerAttr>("shared").getInt())});
+  auto object = mlir::cast<mlir::gpu::ObjectAttr>(binaries.front().getObjects()[0]);
+  std::string ptx = object.getObject().getValue().rtrim('\0').str();
+  for (const std::string &gpu : gpus) {
+    auto cubin = assemble(ptx, gpu, scratch);
+    if (!cubin)
+      return cubin.takeError();
+    int32_t arch = 0;
+    llvm::StringRef(gpu).drop_front(3).getAsInteger(10, arch);
+    table.images.push_back({MOEC_IMAGE_CUBIN, arch, std::move(*cubin)});
+  }
+  table.images.push_back({MOEC_IMAGE_PTX, 80, ptx + '\0'});
+  table.abi = MOEC_ABI; // the runtime has to know images
+  return llvm::Error::success();
 }
 
 llvm::Expected<llvm::SmallVector<char, 0>> ModuleCompiler::code(const moe::CodeTable &table,

@@ -27,6 +27,7 @@ namespace moec::tool {
 /// What the options say about the pipeline.
 struct PipelineChoice {
   std::vector<std::string> levels; ///< "x86-64-v3", …: by rising rank
+  std::vector<std::string> gpus;   ///< "sm_80", …: cubins to make; empty: code for CPUs
   std::string from, to;            ///< phases; empty: the first, the last
   std::string dumpFolder;          ///< --dump-phases
   std::string strategyFile;        ///< --strategy
@@ -42,6 +43,9 @@ llvm::Error checkPipelineChoice(const PipelineChoice &choice);
 /// this machine.
 llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text,
                                                      const MachineConstants *machine = nullptr);
+
+/// --gpu: names of architectures, by rising number.
+llvm::Expected<std::vector<std::string>> parseGPUs(llvm::StringRef text);
 
 /// The `moe-opt` command of every phase.
 llvm::Expected<std::string> pipelineText(const PipelineChoice &choice);
@@ -65,6 +69,10 @@ public:
   std::string text() const;
   /// The table of the code, ids filled in.
   llvm::Expected<mlir::moe::CodeTable> table(const ModelSpec &spec, bool needCode);
+  /// After phase `codegen` for a GPU: adds the kernels to the table, as PTX and as a cubin for each
+  /// of `gpus`. Files are made in folder `scratch`.
+  llvm::Error addImages(mlir::moe::CodeTable &table, llvm::ArrayRef<std::string> gpus,
+                        llvm::StringRef scratch);
   llvm::Expected<llvm::SmallVector<char, 0>> code(const mlir::moe::CodeTable &table,
                                                   mlir::moe::CodeFormat format);
   /// The strategies chosen, as the `strategy` section of a manifest.

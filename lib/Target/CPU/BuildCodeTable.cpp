@@ -119,14 +119,16 @@ llvm::Expected<CodeTable> mlir::moe::buildCodeTable(ModuleOp module, StringRef n
                            "stages of the entry `" + function + "`", "none",
                            "run the phases up to `outline` first");
         }
-        const CPULevel *level = findCPULevel(entry.getLevel());
-        if (!level)
+        int32_t rank = 0;
+        if (const CPULevel *level = findCPULevel(entry.getLevel()))
+          rank = level->rank;
+        else if (!entry.getLevel().starts_with("sm_")) // code of a GPU: its one level
           return makeError(ErrorCode::TARGET, "entry `" + function + "`", "a known CPU level",
                            "`" + entry.getLevel() + "`");
-        auto list =
-            llvm::find_if(code.levels, [&](const LevelCode &l) { return l.level == level->name; });
+        auto list = llvm::find_if(code.levels,
+                                  [&](const LevelCode &l) { return l.level == entry.getLevel(); });
         if (list == code.levels.end()) {
-          code.levels.push_back({level->name.str(), level->rank, {}});
+          code.levels.push_back({entry.getLevel().str(), rank, {}});
           list = std::prev(code.levels.end());
         }
         list->entries.push_back(std::move(made));

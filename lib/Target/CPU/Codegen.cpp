@@ -66,7 +66,8 @@ mlir::moe::translateToLLVM(ModuleOp module, llvm::LLVMContext &context,
   registerLLVMDialectTranslation(*module.getContext());
   OwningOpRef<ModuleOp> copy(module.clone());
   for (Operation &op : llvm::make_early_inc_range(*copy->getBody()))
-    if (op.getDialect() && op.getDialect()->getNamespace() == "moe")
+    if (op.getDialect() && (op.getDialect()->getNamespace() == "moe" ||
+                            op.getName().getStringRef() == "gpu.binary")) // in the table's images
       op.erase();
   for (Operation &op : *copy->getBody())
     if (!isa<LLVM::LLVMDialect>(op.getDialect()))

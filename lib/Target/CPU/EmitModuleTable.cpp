@@ -44,7 +44,7 @@ private:
       global = global_(llvm::ConstantDataArray::getString(context, value), "moec.text");
     return global;
   }
-  llvm::Constant *global_(llvm::Constant *value, llvm::StringRef name) {
+  llvm::GlobalVariable *global_(llvm::Constant *value, llvm::StringRef name) {
     auto *result = new llvm::GlobalVariable(module, value->getType(), /*isConstant=*/true,
                                             llvm::GlobalValue::PrivateLinkage, value, name);
     result->setUnnamedAddr(llvm::GlobalValue::UnnamedAddr::Global);
@@ -144,9 +144,22 @@ llvm::Error TableBuilder::build(const CodeTable &table) {
                                 codes[layer.code], llvm::ConstantDataArray::get(context, layer.id)},
                                sizeof(moec_layer_desc)));
   }
+  llvm::SmallVector<llvm::Constant *> images, kernels;
+  for (const GPUImage &image : table.images) {
+    auto *bytes = llvm::ConstantDataArray::getString(context, image.bytes, /*AddNull=*/false);
+    auto *data = global_(bytes, "moec.image");
+    data->setAlignment(llvm::Align(8));
+    images.push_back(structure({i32(image.kind), i32(image.arch), data, i64(image.bytes.size())},
+                               sizeof(moec_gpu_image)));
+  }
+  for (const GPUKernel &kernel : table.kernels)
+    kernels.push_back(structure({text(kernel.name), i32(kernel.threads), i32(kernel.sharedBytes)},
+                                sizeof(moec_gpu_kernel)));
   llvm::Constant *root = structure(
       {i64(sizeof(moec_module)), i32(table.abi), i32(0), text(table.name), text(table.version),
-       i32(static_cast<int64_t>(layers.size())), i32(0), array(layers, "moec.layers")},
+       i32(static_cast<int64_t>(layers.size())), i32(0), array(layers, "moec.layers"),
+       i32(static_cast<int64_t>(images.size())), i32(static_cast<int64_t>(kernels.size())),
+       array(images, "moec.images"), array(kernels, "moec.kernels")},
       sizeof(moec_module));
   if (mismatch)
     return makeError(ErrorCode::INTERNAL, "module table", "the struct sizes of moec/module.h",

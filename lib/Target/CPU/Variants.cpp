@@ -44,6 +44,15 @@ static const CPULevel *checkLevel(Operation *op, StringRef name) {
 
 namespace {
 
+/// What a clone is made for.
+struct Machine {
+  TargetAttr target;
+  StringRef suffix;                ///< of the clone's name: "v4", "sm_80"
+  const CPULevel *level = nullptr; ///< null for a GPU
+
+  bool operator<(const Machine &other) const { return suffix < other.suffix; }
+};
+
 struct AttachTargetPass : public mlir::moe::impl::MoEAttachTargetBase<AttachTargetPass> {
   using MoEAttachTargetBase::MoEAttachTargetBase;
 
@@ -81,7 +90,8 @@ struct CloneVariantsPass : public mlir::moe::impl::MoECloneVariantsBase<CloneVar
 
 private:
   FailureOr<SmallVector<Type>> elementTypes();
-  FailureOr<func::FuncOp> makeVariant(func::FuncOp original, const CPULevel &level, Type x, Type y);
+  FailureOr<func::FuncOp> makeVariant(func::FuncOp original, const Machine &machine, Type x,
+                                      Type y);
 };
 
 } // namespace
@@ -131,9 +141,9 @@ static const CPULevel *codeLevel(func::FuncOp original, const CPULevel *level) {
 
 static std::string typeName(Type type) { return type.isF32() ? "f32" : "bf16"; }
 
-FailureOr<func::FuncOp> CloneVariantsPass::makeVariant(func::FuncOp original, const CPULevel &level,
-                                                       Type x, Type y) {
-  std::string name = original.getSymName().str() + "_" + level.suffix.str() + "_" + typeName(x);
+FailureOr<func::FuncOp> CloneVariantsPass::makeVariant(func::FuncOp original,
+                                                       const Machine &machine, Type x, Type y) {
+  std::string name = original.getSymName().str() + "_" + machine.suffix.str() + "_" + typeName(x);
   if (y)
     name += "_" + typeName(y);
   auto compute = original->getAttrOfType<TypeAttr>(MoEDialect::kComputeAttrName);
@@ -141,8 +151,7 @@ FailureOr<func::FuncOp> CloneVariantsPass::makeVariant(func::FuncOp original, co
     return original.emitOpError("expected attribute ") << MoEDialect::kComputeAttrName;
   func::FuncOp clone = original.clone();
   clone.setSymName(name);
-  clone->setAttr(MoEDialect::kTargetAttrName,
-                 TargetAttr::get(&getContext(), Device::CPU, level.name));
+  clone->setAttr(MoEDialect::kTargetAttrName, machine.target);
   original->getBlock()->getOperations().insert(original->getIterator(), clone);
   ++numClones;
 
@@ -172,7 +181,7 @@ FailureOr<func::FuncOp> CloneVariantsPass::makeVariant(func::FuncOp original, co
     }
   }
   // Rows between two matmuls: products of bf16 round them, as the operations that made them say.
-  if (level.bf16Products)
+  if (machine.level && machine.level->bf16Products)
     clone.walk([&](GroupedMatmulOp matmul) {
       auto rows = dyn_cast<OpResult>(matmul.getRows());
       if (!rows || !hasBF16Product(matmul, compute.getValue()))
@@ -235,12 +244,17 @@ void CloneVariantsPass::runOnOperation() {
     if (auto it = clones.find(original); it != clones.end())
       return it->second;
     SmallVector<EntryAttr> entries;
-    std::map<std::tuple<const CPULevel *, const void *, const void *>, func::FuncOp> made;
+    std::map<std::tuple<Machine, const void *, const void *>, func::FuncOp> made;
     for (TargetAttr target : targets.getAsRange<TargetAttr>()) {
-      const CPULevel *level = checkLevel(original, target.getLevel());
-      if (!level)
-        return failure();
-      const CPULevel *code = codeLevel(original, level);
+      Machine code{target, target.getLevel()};
+      if (target.getDevice() == Device::CPU) {
+        const CPULevel *level = checkLevel(original, target.getLevel());
+        if (!level)
+          return failure();
+        code.level = codeLevel(original, level);
+        code.suffix = code.level->suffix;
+        code.target = TargetAttr::get(&getContext(), Device::CPU, code.level->name);
+      }
       for (Type x : *elements) {
         SmallVector<Type> outputs = *elements;
         if (kind == EntryKind::Route)
@@ -248,7 +262,7 @@ void CloneVariantsPass::runOnOperation() {
         for (Type y : outputs) {
           func::FuncOp &clone = made[{code, x.getAsOpaquePointer(), y.getAsOpaquePointer()}];
           if (!clone) {
-            FailureOr<func::FuncOp> variant = makeVariant(original, *code, x, y);
+            FailureOr<func::FuncOp> variant = makeVariant(original, code, x, y);
             if (failed(variant))
               return failure();
             clone = *variant;
@@ -256,7 +270,7 @@ void CloneVariantsPass::runOnOperation() {
               return clone.emitOpError("expected a new name, but got one that is taken");
             symbols.insert(clone);
           }
-          entries.push_back(EntryAttr::get(&getContext(), kind, level->name, x, y ? y : x,
+          entries.push_back(EntryAttr::get(&getContext(), kind, target.getLevel(), x, y ? y : x,
                                            FlatSymbolRefAttr::get(clone)));
         }
       }

@@ -47,7 +47,8 @@ private:
   std::array<Size, ScratchCount> sizes() const;
   Value total(OpBuilder &b, Value tokens, Value rows, MutableArrayRef<Value> offsets);
   void makeBytesFunction();
-  LLVM::LLVMFuncOp makeKernel(StringRef name, ArrayRef<Type> types, int64_t threads);
+  LLVM::LLVMFuncOp makeKernel(StringRef name, ArrayRef<Type> types, int64_t threads,
+                              int64_t sharedBytes);
   /// Makes a kernel, fills it by `fill` and launches it.
   LogicalResult launch(StringRef name, Value gridX, Value gridY, int64_t threads,
                        int64_t sharedBytes, ArrayRef<Value> args,
@@ -122,16 +123,10 @@ void EntryEmitter::makeBytesFunction() {
   func::ReturnOp::create(inner, loc, end);
 }
 
-LLVM::LLVMFuncOp EntryEmitter::makeKernel(StringRef name, ArrayRef<Type> types, int64_t threads) {
+LLVM::LLVMFuncOp EntryEmitter::makeKernel(StringRef name, ArrayRef<Type> types, int64_t threads,
+                                          int64_t sharedBytes) {
   OpBuilder inner = OpBuilder::atBlockEnd(kernels.getBody());
-  auto type = LLVM::LLVMFunctionType::get(LLVM::LLVMVoidType::get(b.getContext()), types);
-  auto kernel = LLVM::LLVMFuncOp::create(inner, loc, name, type);
-  kernel->setAttr(gpu::GPUDialect::getKernelFuncAttrName(), b.getUnitAttr());
-  kernel->setAttr(NVVM::NVVMDialect::getKernelFuncAttrName(), b.getUnitAttr());
-  // Exactly this block size, so that ptxas knows how many registers there are.
-  kernel->setAttr(NVVM::NVVMDialect::getReqntidAttrName(),
-                  b.getDenseI32ArrayAttr({int32_t(threads), 1, 1}));
-  return kernel;
+  return createKernel(inner, loc, name, types, threads, sharedBytes);
 }
 
 LogicalResult
@@ -139,7 +134,7 @@ EntryEmitter::launch(StringRef name, Value gridX, Value gridY, int64_t threads, 
                      ArrayRef<Value> args,
                      function_ref<LogicalResult(OpBuilder &, LLVM::LLVMFuncOp)> fill) {
   SmallVector<Type> types = llvm::map_to_vector(args, [](Value v) { return v.getType(); });
-  LLVM::LLVMFuncOp kernel = makeKernel(name, types, threads);
+  LLVM::LLVMFuncOp kernel = makeKernel(name, types, threads, sharedBytes);
   Block *block = kernel.addEntryBlock(b);
   OpBuilder inner = OpBuilder::atBlockBegin(block);
   if (failed(fill(inner, kernel)))
@@ -317,12 +312,7 @@ LogicalResult EntryEmitter::emit() {
   makeBytesFunction();
   b.setInsertionPoint(func);
   kernels = gpu::GPUModuleOp::create(b, loc, (func.getSymName() + "_kernels").str());
-  OpBuilder inner = OpBuilder::atBlockBegin(kernels.getBody());
-  // Public, without a value, and the only one: anything else becomes a variable of one byte that
-  // overlaps others.
-  LLVM::GlobalOp::create(inner, loc, LLVM::LLVMArrayType::get(b.getI8Type(), 0),
-                         /*isConstant=*/false, LLVM::Linkage::External, kSharedName, Attribute(),
-                         /*alignment=*/1024, /*addrSpace=*/3);
+  declareShared(kernels);
   if (failed(makeHost()))
     return failure();
   func.erase();

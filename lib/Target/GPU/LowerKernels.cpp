@@ -6,7 +6,6 @@
 //===----------------------------------------------------------------------===//
 
 #include "moe/Dialect/MoE/IR/MoEOps.h"
-#include "moe/Target/GPU/Launch.h"
 #include "moe/Target/GPU/Passes.h"
 
 #include "mlir/Conversion/Passes.h"
@@ -14,12 +13,15 @@
 #include "mlir/Dialect/Func/IR/FuncOps.h"
 #include "mlir/Dialect/GPU/IR/GPUDialect.h"
 #include "mlir/Dialect/LLVMIR/LLVMDialect.h"
+#include "mlir/Dialect/LLVMIR/NVVMDialect.h"
 #include "mlir/IR/SymbolTable.h"
 #include "mlir/Pass/PassManager.h"
 #include "mlir/Pass/PassRegistry.h"
 #include "mlir/Transforms/Passes.h"
 
 #include <cstddef>
+
+#include "moec/module.h"
 
 namespace mlir::moe {
 #define GEN_PASS_DEF_MOEGPULOWERHOST
@@ -82,7 +84,7 @@ private:
   ModuleOp module;
   OpBuilder b;
   Location loc;
-  Value launcher;
+  Value frame;
 };
 
 } // namespace
@@ -132,6 +134,7 @@ LogicalResult HostLowering::lower(gpu::LaunchFuncOp launch) {
   for (auto [i, v] : llvm::enumerate(ArrayRef<Value>{block.x, block.y, block.z}))
     put(v, offsetof(moec_gpu_launch, block) + i * 4);
   put(list, offsetof(moec_gpu_launch, arguments));
+  Value launcher = LLVM::LoadOp::create(b, loc, ptr(), at(frame, offsetof(moec_frame, launcher)));
   Value self = LLVM::LoadOp::create(b, loc, ptr(), launcher);
   Value function =
       LLVM::LoadOp::create(b, loc, ptr(), at(launcher, offsetof(moec_gpu_launcher, launch)));
@@ -142,16 +145,38 @@ LogicalResult HostLowering::lower(gpu::LaunchFuncOp launch) {
 }
 
 LogicalResult HostLowering::run() {
-  unsigned position = func.getNumArguments();
-  if (failed(func.insertArgument(position, ptr(), DictionaryAttr(), loc)))
-    return failure();
-  launcher = func.getArgument(position);
+  // A stage as those of the CPU: (frame, lane, lanes). One lane enqueues everything.
+  for (Type type : {b.getI32Type(), b.getI32Type()})
+    if (failed(func.insertArgument(func.getNumArguments(), type, DictionaryAttr(), loc)))
+      return failure();
+  frame = func.getArgument(0);
+  StringAttr entry = func.getSymNameAttr();
+  func.setSymName((entry.getValue() + "_stage0").str());
+  CodeOp::create(b, loc, entry, b.getArrayAttr({FlatSymbolRefAttr::get(func)}),
+                 FlatSymbolRefAttr::get(b.getStringAttr(entry.getValue() + "_workspace_bytes")));
+  func->setAttr("stage", b.getStringAttr("launch"));
   SmallVector<gpu::LaunchFuncOp> launches;
   func.walk([&](gpu::LaunchFuncOp launch) { launches.push_back(launch); });
   for (gpu::LaunchFuncOp launch : launches)
     if (failed(lower(launch)))
       return failure();
   return success();
+}
+
+/// The kernels of the module in their order, with what every launch of them has in common.
+static ArrayAttr listKernels(gpu::GPUModuleOp kernels) {
+  Builder b(kernels.getContext());
+  SmallVector<Attribute> list;
+  for (auto kernel : kernels.getOps<LLVM::LLVMFuncOp>()) {
+    auto threads =
+        kernel->getAttrOfType<DenseI32ArrayAttr>(NVVM::NVVMDialect::getReqntidAttrName());
+    auto shared = kernel->getAttrOfType<IntegerAttr>(kSharedBytesAttrName);
+    list.push_back(b.getDictionaryAttr(
+        {b.getNamedAttr("name", kernel.getSymNameAttr()),
+         b.getNamedAttr("threads", b.getI64IntegerAttr(threads[0])),
+         b.getNamedAttr("shared", b.getI64IntegerAttr(shared ? shared.getInt() : 0))}));
+  }
+  return b.getArrayAttr(list);
 }
 
 namespace {
@@ -163,6 +188,9 @@ struct LowerHostPass : public mlir::moe::impl::MoEGPULowerHostBase<LowerHostPass
           failed(HostLowering(func, getOperation()).run()))
         return signalPassFailure();
     }
+    auto modules = llvm::to_vector(getOperation().getOps<gpu::GPUModuleOp>());
+    if (modules.size() == 1)
+      getOperation()->setAttr(kKernelsAttrName, listKernels(modules.front()));
   }
 };
 } // namespace

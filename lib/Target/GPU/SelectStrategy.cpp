@@ -53,6 +53,7 @@ struct AttachTargetPass : public mlir::moe::impl::MoEGPUAttachTargetBase<AttachT
       return signalPassFailure();
     Type bf16 = BFloat16Type::get(&getContext());
     auto target = TargetAttr::get(&getContext(), Device::CUDA, found->name);
+    getOperation()->setAttr("moe.targets", ArrayAttr::get(&getContext(), {target}));
     for (auto func : getOperation().getOps<func::FuncOp>()) {
       if (!func->hasAttr(MoEDialect::kEntryAttrName))
         continue;

@@ -75,6 +75,19 @@ struct LayerEntry {
   std::array<uint8_t, 32> id{}; ///< BLAKE3 of the layer's attributes, formats and layouts
 };
 
+/// Kernels of a GPU in one form: moec_gpu_image.
+struct GPUImage {
+  int32_t kind = 0;  ///< MOEC_IMAGE_...
+  int32_t arch = 0;  ///< 80
+  std::string bytes; ///< PTX ends in a zero byte
+};
+
+/// One kernel of the images: moec_gpu_kernel.
+struct GPUKernel {
+  std::string name;
+  uint32_t threads = 0, sharedBytes = 0;
+};
+
 /// Everything in `<name>_moec_module`.
 struct CodeTable {
   std::string name;    ///< C identifier, beginning of the exported symbol
@@ -82,6 +95,8 @@ struct CodeTable {
   uint32_t abi = 0x00010001u;
   std::vector<LayerCode> codes;
   std::vector<LayerEntry> layers;
+  std::vector<GPUImage> images; ///< empty: code for the CPU
+  std::vector<GPUKernel> kernels;
 
   /// "<name>_moec_module".
   std::string symbol() const { return name + "_moec_module"; }

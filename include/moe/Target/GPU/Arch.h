@@ -39,6 +39,9 @@ const GPUArch *findGPUArch(llvm::StringRef name);
 /// "`sm_80`": the implemented ones, for messages.
 std::string implementedArchNames();
 
+/// "sm_80", "sm_86", ...: machine code that can be assembled from the kernels of `sm_80`.
+llvm::ArrayRef<llvm::StringRef> assembledArchNames();
+
 } // namespace mlir::moe
 
 #endif // MOE_TARGET_GPU_ARCH_H

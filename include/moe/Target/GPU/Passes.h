@@ -9,6 +9,7 @@
 #define MOE_TARGET_GPU_PASSES_H
 
 #include "mlir/Pass/Pass.h"
+#include "llvm/ADT/StringRef.h"
 
 #include <memory>
 
@@ -21,6 +22,11 @@ namespace moe {
 
 #define GEN_PASS_REGISTRATION
 #include "moe/Target/GPU/Passes.h.inc"
+
+/// On a module after moe-gpu-lower-host: its kernels, [{name, threads, shared}, ...].
+inline constexpr llvm::StringLiteral kKernelsAttrName = "moe.gpu_kernels";
+/// On a kernel: dynamic shared memory of a block, in bytes.
+inline constexpr llvm::StringLiteral kSharedBytesAttrName = "shared_bytes";
 
 /// Appends the lowering of the kernels (scf, vector, arith in gpu.module) to the LLVM dialect;
 /// NVVM operations stay.

@@ -15,7 +15,8 @@ def MoEGPUAttachTarget : Pass<"moe-gpu-attach-target", "::mlir::ModuleOp"> {
   let description = [{
     Writes `moe.target = #moe.target<cuda, level = ...>` on every function with a `moe.entry`, and
     `as bf16` on every matmul whose rows are not rounded yet: tensor cores read bf16, so the rows
-    between the matmuls are rounded too, which the CPU does not do. Functions whose compute type is
+    between the matmuls are rounded too, which most CPU levels do not do. Lists the target in
+    `moe.targets` of the module, for `moe-clone-variants`. Functions whose compute type is
     not bf16, unknown architectures and those that are not built yet are errors.
   }];
   let options = [
@@ -54,13 +55,37 @@ def MoEGPUEmitKernels : Pass<"moe-gpu-emit-kernels", "::mlir::ModuleOp"> {
                            "::mlir::vector::VectorDialect"];
 }
 
+def MoEGPUEmitCallKernels : Pass<"moe-gpu-emit-call-kernels", "::mlir::ModuleOp"> {
+  let summary = "Add the kernels that read and write the tensors of a call";
+  let description = [{
+    Where a module has kernels, adds `gpu.module @call_kernels` with what the runtime launches
+    around the entries of every layer: `call_in` (ids and weights of the caller, of any type and
+    stride, become compact i32 and f32; foreign ids are reported), `call_out` (the reverse) and
+    `call_counts` (rows per expert).
+  }];
+  let dependentDialects = ["::mlir::LLVM::LLVMDialect", "::mlir::NVVM::NVVMDialect",
+                           "::mlir::arith::ArithDialect", "::mlir::gpu::GPUDialect",
+                           "::mlir::scf::SCFDialect"];
+}
+
+def MoEGPUMergeKernels : Pass<"moe-gpu-merge-kernels", "::mlir::ModuleOp"> {
+  let summary = "Put the kernels of all entries into one gpu.module";
+  let description = [{
+    `gpu.module @kernels` gets every kernel under the name `<entry>_<kernel>`; kernels that are
+    equal but for their name are kept once, as most matmuls of entries that differ by the types of
+    x and y are. Launches follow.
+  }];
+  let dependentDialects = ["::mlir::gpu::GPUDialect"];
+}
+
 def MoEGPULowerHost : Pass<"moe-gpu-lower-host", "::mlir::ModuleOp"> {
   let summary = "Make launches calls of a launch interface";
   let description = [{
-    `gpu.launch_func` in functions with a `cuda` target becomes a call through the
-    moec_gpu_launcher that is a new last argument (include/moe/Target/GPU/Launch.h): the kernel's
-    number (in the order of the gpu.module), its name, grid, block, shared memory and the addresses
-    of its arguments.
+    A function with a `cuda` target becomes the one stage of its entry, `<function>_stage0`, a
+    moec_stage_fn. Its `gpu.launch_func` become calls through the moec_gpu_launcher of the frame
+    (include/moec/module.h): the kernel's number (in the order of the gpu.module), its name, grid,
+    block, shared memory and the addresses of its arguments. `moe.gpu_kernels` on the module lists
+    the kernels of a merged gpu.module.
   }];
   let dependentDialects = ["::mlir::LLVM::LLVMDialect"];
 }

@@ -23,14 +23,14 @@
 #ifndef MOE_TARGET_GPU_SIMT_H
 #define MOE_TARGET_GPU_SIMT_H
 
-#include "moe/Target/GPU/Launch.h"
-
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
 #include <vector>
+
+#include "moec/module.h"
 
 namespace mlir::moe::simt {
 

@@ -24,6 +24,12 @@ namespace mlir::moe {
 /// Dynamic shared memory of every kernel of a gpu.module.
 inline constexpr llvm::StringLiteral kSharedName = "shared";
 
+/// An empty kernel of blocks of `threads`, without its entry block.
+LLVM::LLVMFuncOp createKernel(OpBuilder &b, Location loc, StringRef name, ArrayRef<Type> types,
+                              int64_t threads, int64_t sharedBytes);
+/// Declares `kSharedName` in a gpu.module.
+void declareShared(gpu::GPUModuleOp kernels);
+
 /// Tokens that a block of the `logits` kernel works on, and length of one partial sum.
 inline constexpr int64_t kLogitsTokens = 8, kLogitsSlice = 256;
 /// Warps, and so tokens, of a block of the `select` kernel.
@@ -79,6 +85,9 @@ struct CombineKernel {
   bool routed;
 };
 void emitCombine(OpBuilder &b, LLVM::LLVMFuncOp kernel, const CombineKernel &spec);
+
+/// Adds `call_in`, `call_out` and `call_counts` to a gpu.module: see CallKernels.cpp.
+void emitCallKernels(gpu::GPUModuleOp kernels);
 
 } // namespace mlir::moe
 

@@ -16,6 +16,8 @@
 //
 //===----------------------------------------------------------------------===//
 
+#include "SimtCode.h"
+
 #include "moe/Dialect/MoE/IR/MoEOps.h"
 #include "moe/InitAll.h"
 #include "moe/Runtime/Pack.h"
@@ -26,20 +28,14 @@
 #include "mlir/Dialect/GPU/IR/GPUDialect.h"
 #include "mlir/Dialect/LLVMIR/LLVMDialect.h"
 #include "mlir/Dialect/LLVMIR/NVVMDialect.h"
-#include "mlir/ExecutionEngine/OptUtils.h"
 #include "mlir/IR/BuiltinOps.h"
 #include "mlir/IR/SymbolTable.h"
 #include "mlir/Parser/Parser.h"
 #include "mlir/Pass/PassManager.h"
 #include "mlir/Pass/PassRegistry.h"
-#include "mlir/Target/LLVMIR/Export.h"
-#include "llvm/ExecutionEngine/Orc/LLJIT.h"
-#include "llvm/IR/LLVMContext.h"
-#include "llvm/IR/Module.h"
 #include "llvm/Support/CommandLine.h"
 #include "llvm/Support/InitLLVM.h"
 #include "llvm/Support/MemoryBuffer.h"
-#include "llvm/Support/TargetSelect.h"
 #include "llvm/Support/raw_ostream.h"
 
 #include <cstring>
@@ -211,53 +207,27 @@ static void mutate(ModuleOp module) {
 // Running
 //===----------------------------------------------------------------------===//
 
+/// What the kernels' names begin with.
+static std::string prefix;
+
+template <typename Fn> static Fn *find(SimtCode &code, const std::string &name) {
+  auto symbol = code.find(name);
+  if (!symbol)
+    die("expected symbol " + name + ", but got: " + llvm::toString(symbol.takeError()));
+  return reinterpret_cast<Fn *>(*symbol);
+}
+
 namespace {
-struct Code {
-  std::unique_ptr<llvm::orc::LLJIT> jit;
-  std::string kernels; // prefix of the kernels' names
-  template <typename Fn> Fn *find(const std::string &name) {
-    auto symbol = jit->lookup(name);
-    if (!symbol)
-      die("expected symbol " + name + ", but got: " + llvm::toString(symbol.takeError()));
-    return symbol->toPtr<Fn *>();
-  }
-};
 struct Run {
-  Code *code;
+  SimtCode *code;
   simt::Machine *machine;
 };
 } // namespace
 
 static void launchKernel(void *self, const moec_gpu_launch *launch) {
   auto *run = static_cast<Run *>(self);
-  auto *kernel = run->code->find<void(void *const *)>(run->code->kernels + launch->name + "_simt");
+  auto *kernel = find<void(void *const *)>(*run->code, prefix + launch->name + "_simt");
   run->machine->launch(kernel, *launch);
-}
-
-static Code compile(ModuleOp module) {
-  llvm::InitializeNativeTarget();
-  llvm::InitializeNativeTargetAsmPrinter();
-  auto context = std::make_unique<llvm::LLVMContext>();
-  auto ir = translateModuleToLLVMIR(module, *context);
-  if (!ir)
-    die("expected LLVM IR, but got none");
-  auto host = llvm::cantFail(llvm::orc::JITTargetMachineBuilder::detectHost());
-  auto machine = llvm::cantFail(host.createTargetMachine());
-  ir->setDataLayout(machine->createDataLayout());
-  ir->setTargetTriple(machine->getTargetTriple());
-  if (auto error = makeOptimizingTransformer(1, 0, machine.get())(ir.get()))
-    die(llvm::toString(std::move(error)));
-  Code code;
-  code.jit = llvm::cantFail(
-      llvm::orc::LLJITBuilder().setJITTargetMachineBuilder(std::move(host)).create());
-  llvm::orc::SymbolMap symbols;
-  for (auto [name, address] : simt::simtSymbols())
-    symbols[code.jit->mangleAndIntern(name)] = {llvm::orc::ExecutorAddr::fromPtr(address),
-                                                llvm::JITSymbolFlags::Exported};
-  llvm::cantFail(code.jit->getMainJITDylib().define(llvm::orc::absoluteSymbols(symbols)));
-  llvm::cantFail(
-      code.jit->addIRModule(llvm::orc::ThreadSafeModule(std::move(ir), std::move(context))));
-  return code;
 }
 
 /// Rows with padding between them, at an address that is misaligned on purpose.
@@ -286,7 +256,7 @@ struct Rows {
   size_t span() const { return count ? (count - 1) * stride + rowBytes : 0; }
 };
 
-static int runCase(Code &code, const Signature &signature, bool given, StringRef text) {
+static int runCase(SimtCode &code, const Signature &signature, bool given, StringRef text) {
   SmallVector<StringRef> parts;
   text.split(parts, ':');
   int64_t T = 0, k = 0;
@@ -372,8 +342,8 @@ static int runCase(Code &code, const Signature &signature, bool given, StringRef
     frame.logits_stride = E + 3;
     machine.addRegion(logits.data(), logits.size() * 4, "logits", false, false);
   }
-  auto *bytesOf = code.find<uint64_t(int64_t, int64_t, int64_t)>(functionName +
-                                                                 std::string("_workspace_bytes"));
+  auto *bytesOf = find<uint64_t(int64_t, int64_t, int64_t)>(
+      code, functionName + std::string("_workspace_bytes"));
   uint64_t workspaceBytes = bytesOf(T, k, 1);
   std::vector<uint8_t> workspace(workspaceBytes + 256, 0xff);
   uint8_t *base =
@@ -383,7 +353,9 @@ static int runCase(Code &code, const Signature &signature, bool given, StringRef
 
   Run run{&code, &machine};
   moec_gpu_launcher launcher{&run, launchKernel};
-  code.find<void(moec_frame *, moec_gpu_launcher *)>(functionName)(&frame, &launcher);
+  frame.launcher = &launcher;
+  find<void(moec_frame *, int32_t, int32_t)>(code, functionName + std::string("_stage0"))(&frame, 0,
+                                                                                          1);
   if (!machine.error().empty()) {
     llvm::errs() << machine.error() << "\n";
     return 1;
@@ -441,10 +413,12 @@ int main(int argc, char **argv) {
   mutate(*module);
   runPipeline(*module, "moe-gpu-to-simt,convert-scf-to-cf,convert-to-llvm,"
                        "reconcile-unrealized-casts");
-  Code code = compile(*module);
-  code.kernels = functionName + "_kernels_";
+  auto code = compileForSimt(*module);
+  if (!code)
+    die(llvm::toString(code.takeError()));
+  prefix = functionName + "_kernels_";
   for (const std::string &text : cases)
-    if (int status = runCase(code, signature, given, text))
+    if (int status = runCase(*code, signature, given, text))
       return status;
   return 0;
 }

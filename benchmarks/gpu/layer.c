@@ -1,0 +1,404 @@
+/* Times and checks the first layer of a library on a CUDA device, through the C interface.
+     gpu_layer DIR [--device N] [--tokens 1,8,64] [--repeats 50] [--check TOKENS]
+   Prints one JSON object a line: the device's read bandwidth, then a row per number of tokens:
+   microseconds of one call (median, quartiles) by events around a captured graph, with a cold L2,
+   and the same without a graph. --check compares TOKENS rows with float64 on the host first; a
+   difference above the bound ends with 7. The CUDA driver is loaded at run time. */
+#include "moec.h"
+
+#include <dlfcn.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define FUNCTIONS(X)                                                                               \
+  X("cuInit", init, (unsigned))                                                                    \
+  X("cuDeviceGet", device_get, (int *, int))                                                       \
+  X("cuDeviceGetName", device_name, (char *, int, int))                                            \
+  X("cuDevicePrimaryCtxRetain", retain, (void **, int))                                            \
+  X("cuCtxPushCurrent_v2", push, (void *))                                                         \
+  X("cuCtxSynchronize", synchronize, (void))                                                       \
+  X("cuMemAlloc_v2", allocate, (uint64_t *, size_t))                                               \
+  X("cuMemFree_v2", release, (uint64_t))                                                           \
+  X("cuMemcpyHtoD_v2", upload, (uint64_t, const void *, size_t))                                   \
+  X("cuMemcpyDtoH_v2", download, (void *, uint64_t, size_t))                                       \
+  X("cuMemcpyDtoDAsync_v2", copy, (uint64_t, uint64_t, size_t, void *))                            \
+  X("cuMemsetD2D8Async", fill, (uint64_t, size_t, unsigned char, size_t, size_t, void *))          \
+  X("cuStreamCreate", stream_create, (void **, unsigned))                                          \
+  X("cuStreamBeginCapture_v2", capture, (void *, int))                                             \
+  X("cuStreamEndCapture", end_capture, (void *, void **))                                          \
+  X("cuGraphInstantiateWithFlags", instantiate, (void **, void *, unsigned long long))             \
+  X("cuGraphLaunch", launch, (void *, void *))                                                     \
+  X("cuGraphExecDestroy", exec_destroy, (void *))                                                  \
+  X("cuGraphDestroy", graph_destroy, (void *))                                                     \
+  X("cuEventCreate", event_create, (void **, unsigned))                                            \
+  X("cuEventRecord", record, (void *, void *))                                                     \
+  X("cuEventElapsedTime", elapsed, (float *, void *, void *))
+static struct {
+#define MEMBER(text, name, arguments) int(*name) arguments;
+  FUNCTIONS(MEMBER)
+} cuda;
+
+static void die(const char *what, int code) {
+  fprintf(stderr, "gpu_layer: expected to %s, but got error %d\n", what, code);
+  exit(1);
+}
+#define DO(what, call)                                                                             \
+  do {                                                                                             \
+    const int code_ = (call);                                                                      \
+    if (code_)                                                                                     \
+      die(what, code_);                                                                            \
+  } while (0)
+static moec_error error;
+#define OK(call)                                                                                   \
+  do {                                                                                             \
+    if (call) {                                                                                    \
+      fprintf(stderr, "gpu_layer: %s\n", error.message);                                           \
+      exit(1);                                                                                     \
+    }                                                                                              \
+  } while (0)
+
+/* ---- numbers: every value is a function of its place, so that none has to be kept ---- */
+
+static float value(uint64_t role, uint64_t expert, uint64_t row, uint64_t column, float scale) {
+  uint64_t h = (role << 60) ^ (expert << 44) ^ (row << 22) ^ column;
+  h *= 0x9e3779b97f4a7c15u;
+  h ^= h >> 29;
+  h *= 0xbf58476d1ce4e5b9u;
+  h ^= h >> 32;
+  const float f = ((float)(h >> 40) * (1.0f / 8388608.0f) - 1.0f) * scale;
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  float rounded;
+  memcpy(&rounded, &bits, 4);
+  return rounded;
+}
+static uint16_t bf16(float f) {
+  uint32_t b;
+  memcpy(&b, &f, 4);
+  return (uint16_t)((b + 0x7fff + (b >> 16 & 1)) >> 16);
+}
+static float widen(uint16_t h) {
+  uint32_t b = (uint32_t)h << 16;
+  float f;
+  memcpy(&f, &b, 4);
+  return f;
+}
+
+enum { ROUTER, GATE, UP, DOWN, INPUT };
+static moec_layer_info info;
+static float scale_of(int role) {
+  const double fan = role == DOWN ? (double)info.F : (double)info.H;
+  return role == INPUT ? 1.7f : (float)(1.7 * (role == ROUTER ? 2 : 1) / sqrt(fan));
+}
+
+static void describe(DLTensor *t, void *data, int device, int id, int code, int bits, int ndim,
+                     int64_t *shape) {
+  memset(t, 0, sizeof *t);
+  t->data = data;
+  t->device.device_type = (DLDeviceType)device;
+  t->device.device_id = id;
+  t->ndim = ndim;
+  t->dtype.code = (uint8_t)code;
+  t->dtype.bits = (uint8_t)bits;
+  t->dtype.lanes = 1;
+  t->shape = shape;
+}
+
+static void set_weights(moec_model *m) {
+  const int64_t H = info.H, F = info.F;
+  const int64_t most = info.E > F ? info.E : F;
+  uint16_t *buffer = malloc((size_t)(most * H) * 2);
+  static const char *const roles[] = {"router", "gate", "up", "down"};
+  for (int role = info.kind ? GATE : ROUTER; role <= DOWN; ++role)
+    for (int64_t e = 0; e < (role == ROUTER ? 1 : info.E); ++e) {
+      const int64_t rows = role == ROUTER ? info.E : role == DOWN ? H : F;
+      const int64_t columns = role == DOWN ? F : H;
+      const float scale = scale_of(role);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j)
+          buffer[i * columns + j] =
+              bf16(value((uint64_t)role, (uint64_t)e, (uint64_t)i, (uint64_t)j, scale));
+      int64_t shape[2] = {rows, columns};
+      DLTensor t;
+      describe(&t, buffer, kDLCPU, 0, kDLBfloat, 16, 2, shape);
+      OK(moec_set_weight(m, 0, roles[role], role == ROUTER ? -1 : e, &t, 0, &error));
+    }
+  free(buffer);
+}
+
+/* ---- check ---- */
+
+static double dot(int role, int64_t e, int64_t row, const double *v, int64_t n) {
+  double sum = 0;
+  const float scale = scale_of(role);
+  for (int64_t i = 0; i < n; ++i)
+    sum += v[i] * value((uint64_t)role, (uint64_t)e, (uint64_t)row, (uint64_t)i, scale);
+  return sum;
+}
+
+/* Relative error of rows t of y given their routing; logits within 1e-3 of float64. */
+static double check_rows(const uint16_t *y, const int32_t *ids, const float *weights,
+                         const float *logits, int64_t T, int64_t count) {
+  double off = 0, all = 0;
+  double *x = malloc((size_t)info.H * sizeof *x), *h = malloc((size_t)info.F * sizeof *h);
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t t = n * (T - 1) / (count > 1 ? count - 1 : 1);
+    for (int64_t i = 0; i < info.H; ++i)
+      x[i] = value(INPUT, 0, (uint64_t)t, (uint64_t)i, scale_of(INPUT));
+    double *row = calloc((size_t)info.H, sizeof *row);
+    for (int64_t e = 0; logits && e < info.E; ++e) {
+      const double exact = dot(ROUTER, 0, e, x, info.H);
+      if (!(fabs(exact - logits[t * info.E + e]) <= 1e-3 * (1 + fabs(exact)))) {
+        fprintf(stderr, "gpu_layer: logits[%lld, %lld]: expected %g, but got %g\n", (long long)t,
+                (long long)e, exact, (double)logits[t * info.E + e]);
+        exit(7);
+      }
+    }
+    for (int64_t k = 0; k < info.K; ++k) {
+      const int64_t e = ids ? ids[t * info.K + k] : 0;
+      for (int64_t f = 0; f < info.F; ++f) {
+        const double g = dot(GATE, e, f, x, info.H);
+        h[f] = widen(bf16((float)(g / (1 + exp(-g)) * dot(UP, e, f, x, info.H))));
+      }
+      for (int64_t i = 0; i < info.H; ++i)
+        row[i] += (weights ? weights[t * info.K + k] : 1) *
+                  widen(bf16((float)dot(DOWN, e, i, h, info.F)));
+    }
+    for (int64_t i = 0; i < info.H; ++i) {
+      const double d = widen(y[t * info.H + i]) - row[i];
+      off += d * d;
+      all += row[i] * row[i];
+    }
+    free(row);
+  }
+  free(x);
+  free(h);
+  return sqrt(off / (all > 0 ? all : 1));
+}
+
+/* ---- time ---- */
+
+static int by_value(const void *a, const void *b) {
+  const float x = *(const float *)a, y = *(const float *)b;
+  return x < y ? -1 : x > y;
+}
+
+enum { FLUSH = 256 << 20 }; /* larger than any L2 */
+static void *stream, *begin, *end;
+static uint64_t flush;
+
+typedef struct {
+  float low, median, high;
+} spread;
+
+static spread quartiles(float *us, int n) {
+  qsort(us, (size_t)n, sizeof *us, by_value);
+  const spread s = {us[n / 4], us[n / 2], us[3 * n / 4]};
+  return s;
+}
+
+static spread measure(moec_context *c, const moec_call *call, void *graph, int repeats) {
+  float *us = malloc((size_t)repeats * sizeof *us);
+  for (int i = -3; i < repeats; ++i) {
+    DO("flush L2", cuda.fill(flush, FLUSH, (unsigned char)i, FLUSH, 1, stream));
+    DO("record", cuda.record(begin, stream));
+    if (graph)
+      DO("launch the graph", cuda.launch(graph, stream));
+    else
+      OK(moec_run(c, 0, call, &error));
+    DO("record", cuda.record(end, stream));
+    DO("wait", cuda.synchronize());
+    float ms = 0;
+    DO("read the time", cuda.elapsed(&ms, begin, end));
+    if (i >= 0)
+      us[i] = ms * 1000;
+  }
+  const spread s = quartiles(us, repeats);
+  free(us);
+  return s;
+}
+
+static double bandwidth(void) {
+  const size_t bytes = 512u << 20;
+  uint64_t a = 0, b = 0;
+  if (cuda.allocate(&a, bytes) || cuda.allocate(&b, bytes))
+    return 0;
+  float us[9];
+  for (int i = -1; i < 9; ++i) {
+    DO("record", cuda.record(begin, stream));
+    DO("copy", cuda.copy(a, b, bytes, stream));
+    DO("record", cuda.record(end, stream));
+    DO("wait", cuda.synchronize());
+    float ms = 0;
+    DO("read the time", cuda.elapsed(&ms, begin, end));
+    if (i >= 0)
+      us[i] = ms * 1000;
+  }
+  (void)cuda.release(a);
+  (void)cuda.release(b);
+  const float median = quartiles(us, 9).median;
+  return median > 0 ? 2e-3 * (double)bytes / median : 0; /* GB/s, read and written */
+}
+
+static uint64_t device_memory(size_t bytes) {
+  uint64_t p = 0;
+  DO("allocate tensors", cuda.allocate(&p, bytes ? bytes : 1));
+  return p;
+}
+
+static void run_tokens(const char *dir, moec_model *m, int device, int64_t T, int repeats,
+                       int64_t check, double gbs) {
+  const int64_t H = info.H, K = info.K, E = info.E;
+  moec_context_options o;
+  MOEC_INIT(o);
+  o.max_tokens = T;
+  moec_context *c;
+  OK(moec_context_create(m, &o, &c, &error));
+  uint64_t x = device_memory((size_t)(T * H) * 2), y = device_memory((size_t)(T * H) * 2);
+  uint16_t *host = malloc((size_t)(T * H) * 2);
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t i = 0; i < H; ++i)
+      host[t * H + i] = bf16(value(INPUT, 0, (uint64_t)t, (uint64_t)i, scale_of(INPUT)));
+  DO("copy x", cuda.upload(x, host, (size_t)(T * H) * 2));
+  int64_t wide[2] = {T, H}, chosen[2] = {T, K}, all[2] = {T, E};
+  DLTensor tx, ty, ti, tw, tl;
+  describe(&tx, (void *)(uintptr_t)x, kDLCUDA, device, kDLBfloat, 16, 2, wide);
+  describe(&ty, (void *)(uintptr_t)y, kDLCUDA, device, kDLBfloat, 16, 2, wide);
+  moec_call call;
+  MOEC_INIT(call);
+  call.stream = stream;
+  call.x = &tx;
+  call.y = &ty;
+  double off = -1;
+  if (check > 0) {
+    check = check < T ? check : T;
+    uint64_t ids = device_memory((size_t)(T * K) * 4), w = device_memory((size_t)(T * K) * 4);
+    uint64_t logits = device_memory((size_t)(T * E) * 4);
+    describe(&ti, (void *)(uintptr_t)ids, kDLCUDA, device, kDLInt, 32, 2, chosen);
+    describe(&tw, (void *)(uintptr_t)w, kDLCUDA, device, kDLFloat, 32, 2, chosen);
+    describe(&tl, (void *)(uintptr_t)logits, kDLCUDA, device, kDLFloat, 32, 2, all);
+    int32_t *host_ids = malloc((size_t)(T * K) * 4);
+    float *host_w = malloc((size_t)(T * K) * 4), *host_logits = malloc((size_t)(T * E) * 4);
+    uint16_t *again = malloc((size_t)(T * H) * 2);
+    if (!info.kind) {
+      call.experts_out = &ti;
+      call.weights_out = &tw;
+      call.logits_out = &tl;
+    }
+    OK(moec_run(c, 0, &call, &error));
+    DO("run the layer", cuda.synchronize());
+    OK(moec_context_status(c, &error));
+    DO("read y", cuda.download(host, y, (size_t)(T * H) * 2));
+    DO("read ids", cuda.download(host_ids, ids, (size_t)(T * K) * 4));
+    DO("read weights", cuda.download(host_w, w, (size_t)(T * K) * 4));
+    DO("read logits", cuda.download(host_logits, logits, (size_t)(T * E) * 4));
+    off = info.kind ? check_rows(host, NULL, NULL, NULL, T, check)
+                    : check_rows(host, host_ids, host_w, host_logits, T, check);
+    call.experts_out = call.weights_out = call.logits_out = NULL;
+    OK(moec_run(c, 0, &call, &error)); /* the other way to the same bits */
+    DO("run the layer", cuda.synchronize());
+    DO("read y", cuda.download(again, y, (size_t)(T * H) * 2));
+    if (memcmp(host, again, (size_t)(T * H) * 2)) {
+      fprintf(stderr, "gpu_layer: T = %lld: expected equal bits twice, but got others\n",
+              (long long)T);
+      exit(7);
+    }
+    if (!(off <= 8e-3)) {
+      fprintf(stderr,
+              "gpu_layer: T = %lld: expected a relative error of at most 8e-3, but got %g\n",
+              (long long)T, off);
+      exit(7);
+    }
+    (void)cuda.release(ids), (void)cuda.release(w), (void)cuda.release(logits);
+    free(host_ids), free(host_w), free(host_logits), free(again);
+  }
+  void *graph = NULL, *exec = NULL;
+  DO("capture", cuda.capture(stream, 2));
+  OK(moec_run(c, 0, &call, &error));
+  DO("end the capture", cuda.end_capture(stream, &graph));
+  DO("instantiate the graph", cuda.instantiate(&exec, graph, 0));
+  const spread replay = measure(c, &call, exec, repeats);
+  const spread plain = measure(c, &call, NULL, repeats);
+  OK(moec_context_status(c, &error));
+  const double active = (double)E * (1 - pow(1 - 1.0 / (double)E, (double)(T * K)));
+  const double bytes = 2.0 * 3 * (double)(H * info.F) * active + 2.0 * 2 * (double)(T * H);
+  const double tflops = (double)info.active_flops * (double)T / replay.median * 1e-6;
+  printf("{\"model\": \"%s\", \"H\": %lld, \"F\": %lld, \"E\": %lld, \"K\": %lld, \"T\": %lld, "
+         "\"us\": %.2f, \"us_low\": %.2f, \"us_high\": %.2f, \"us_without_graph\": %.2f, "
+         "\"tflops\": %.2f, \"floor_us\": %.2f, \"error\": %.3g}\n",
+         dir, (long long)H, (long long)info.F, (long long)E, (long long)K, (long long)T,
+         (double)replay.median, (double)replay.low, (double)replay.high, (double)plain.median,
+         tflops, gbs > 0 ? bytes / gbs * 1e-3 : 0, off);
+  fflush(stdout);
+  (void)cuda.exec_destroy(exec), (void)cuda.graph_destroy(graph);
+  (void)cuda.release(x), (void)cuda.release(y);
+  free(host);
+  moec_context_destroy(c);
+}
+
+int main(int argc, char **argv) {
+  const char *dir = NULL, *tokens = "1,8,64,512,2048,8192,16384";
+  int device = 0, repeats = 50, handle = 0;
+  int64_t check = 0;
+  for (int i = 1; i < argc; ++i) {
+    if (argv[i][0] != '-')
+      dir = argv[i];
+    else if (i + 1 < argc && !strcmp(argv[i], "--device"))
+      device = atoi(argv[++i]);
+    else if (i + 1 < argc && !strcmp(argv[i], "--tokens"))
+      tokens = argv[++i];
+    else if (i + 1 < argc && !strcmp(argv[i], "--repeats"))
+      repeats = atoi(argv[++i]);
+    else if (i + 1 < argc && !strcmp(argv[i], "--check"))
+      check = atoi(argv[++i]);
+    else
+      dir = NULL, i = argc;
+  }
+  if (!dir || repeats < 1)
+    return fprintf(stderr, "usage: gpu_layer DIR [--device N] [--tokens 1,8] [--repeats N] "
+                           "[--check TOKENS]\n"),
+           2;
+  moec_open_options o;
+  MOEC_INIT(o);
+  o.load = MOEC_NONE;
+  o.device.device_type = kDLCUDA;
+  o.device.device_id = device;
+  moec_model *m;
+  OK(moec_open(dir, &o, &m, &error));
+  void *library = dlopen("libcuda.so.1", RTLD_NOW);
+#define FIND(text, name, arguments)                                                                \
+  *(void **)(void *)&cuda.name = library ? dlsym(library, text) : NULL;                            \
+  if (!cuda.name)                                                                                  \
+    return fprintf(stderr, "gpu_layer: expected a driver with %s, but got one without\n", text), 1;
+  FUNCTIONS(FIND)
+  void *context;
+  DO("get the device", cuda.device_get(&handle, device));
+  DO("get the context", cuda.retain(&context, handle));
+  DO("use the context", cuda.push(context));
+  DO("create a stream", cuda.stream_create(&stream, 1));
+  DO("create an event", cuda.event_create(&begin, 0));
+  DO("create an event", cuda.event_create(&end, 0));
+  flush = device_memory(FLUSH);
+  MOEC_INIT(info);
+  OK(moec_get_layer_info(m, 0, &info, &error));
+  set_weights(m);
+  char name[128] = "";
+  DO("name the device", cuda.device_name(name, sizeof name, handle));
+  const double gbs = bandwidth();
+  printf("{\"device\": \"%s\", \"copy_gbs\": %.1f}\n", name, gbs);
+  const char *slash = strrchr(dir, '/');
+  for (const char *p = tokens; *p;) {
+    char *rest;
+    const int64_t T = strtoll(p, &rest, 10);
+    if (T < 1 || rest == p)
+      return fprintf(stderr, "gpu_layer: expected numbers of tokens, but got %s\n", p), 2;
+    run_tokens(slash ? slash + 1 : dir, m, device, T, repeats, check, gbs);
+    p = *rest == ',' ? rest + 1 : rest;
+  }
+  moec_close(m);
+  return 0;
+}
