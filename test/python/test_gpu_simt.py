@@ -36,7 +36,8 @@ def call(
         x = to_bf16(rng.standard_normal((tokens, layer.H)))
     (tmp_path / "layer.mlir").write_text(layer.text())
     stored(x, layer.x).tofile(tmp_path / "x.bin")
-    for i, weight in enumerate((layer.router, layer.gate_up, layer.down)):
+    weights = (layer.router, layer.gate_up, layer.down, *layer.vectors.values())
+    for i, weight in enumerate(weights):
         weight.astype(np.float32).tofile(tmp_path / f"w{i}.bin")
     options = list(options)
     if start is not None:
@@ -96,7 +97,16 @@ LAYERS = [
     Layer(200, 72, 8, 3, activation="gelu_tanh", scale=2.5),
     Layer(33, 7, 40, 33, score="sigmoid", renormalize="sum", router_type="f32"),
     Layer(544, 96, 70, 1),
-]
+    # As gpt_oss: biases of router and experts, clamped.
+    Layer(72, 40, 5, 2, order="select_then_score", router_bias=True, bias=True, clamp=(1.0, 1.7)),
+    # As minimax_m2, and with groups as deepseek_v3.
+    Layer(64, 32, 40, 3, score="sigmoid", renormalize="sum", selection_bias=True, scale=2.5),
+    Layer(
+        64, 32, 72, 5, score="sigmoid", renormalize="sum", selection_bias=True,
+        groups=(12, 4, "sum_top2", "zero"),
+    ),
+    Layer(64, 32, 64, 6, groups=(8, 3, "max", "neg_inf"), bias=True),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

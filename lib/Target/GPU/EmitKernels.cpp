@@ -169,10 +169,18 @@ LogicalResult EntryEmitter::launchMatmul(StringRef name, GroupedMatmulOp op, boo
   OpBuilder::InsertionGuard guard(b);
   WeightType type = op.getWeightType();
   Value packed = weight(layer.weightIndex(op.getWeight()));
+  SmallVector<Value> args = {rows, scratch[Pair], slots, scratch[Offsets], packed, result};
+  if (op.getBias())
+    args.push_back(weight(layer.weightIndex(op.getBias())));
   auto tiles = op->getAttrOfType<ArrayAttr>(kGPUTilesAttrName);
   for (auto [i, attr] : llvm::enumerate(tiles.getAsRange<GPUTileAttr>())) {
-    GemmKernel spec{attr,        type,   rowWidth,
-                    resultWidth, gather, op.hasEpilogue() ? &op.getEpilogue() : nullptr};
+    GemmKernel spec{attr,
+                    type,
+                    rowWidth,
+                    resultWidth,
+                    gather,
+                    op.hasEpilogue() ? &op.getEpilogue() : nullptr,
+                    bool(op.getBias())};
     bool last = i + 1 == tiles.size();
     if (!last) {
       Value fits =
@@ -186,9 +194,7 @@ LogicalResult EntryEmitter::launchMatmul(StringRef name, GroupedMatmulOp op, boo
     Value grid = arith::MulIOp::create(b, loc, arith::AddIOp::create(b, loc, full, partial),
                                        c32(spec.colBlocks()));
     if (failed(launch((name + "_" + Twine(i)).str(), grid, c32(1), attr.getThreads(),
-                      attr.getSharedBytes(),
-                      {rows, scratch[Pair], slots, scratch[Offsets], packed, result},
-                      [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
+                      attr.getSharedBytes(), args, [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
                         return emitGemm(inner, kernel, spec);
                       })))
       return failure();
@@ -260,12 +266,20 @@ LogicalResult EntryEmitter::makeHost() {
 
   // 2. Experts and their weights.
   if (layer.router) {
-    SelectKernel select{layer.routerAttr, layer.experts(), layer.routerWeight().panelCount(),
-                        stage.slices(), layer.logits};
+    SelectKernel select{layer.routerAttr,
+                        layer.experts(),
+                        layer.routerWeight().panelCount(),
+                        stage.slices(),
+                        layer.logits,
+                        bool(layer.vectors.bias),
+                        bool(layer.vectors.selectionBias)};
     SmallVector<Value> args = {scratch[Partial], tokens, weights, ids};
     if (layer.logits)
       args.append({global(field(ptr(), offsetof(moec_frame, logits))),
                    field(i64, offsetof(moec_frame, logits_stride))});
+    for (Value vector : {layer.vectors.bias, layer.vectors.selectionBias})
+      if (vector)
+        args.push_back(weight(layer.weightIndex(vector)));
     if (failed(launch("select", blocks(tokens, kSelectWarps), c32(1), 32 * kSelectWarps, 0, args,
                       fill([&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
                         emitSelect(inner, kernel, select);

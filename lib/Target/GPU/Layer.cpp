@@ -53,17 +53,25 @@ static LogicalResult checkParameters(Operation *op, Attribute attr, ArrayRef<Str
 LogicalResult Layer::checkRouter() {
   if (failed(checkAttributes(router, {"router", "compute", "strategy", "experts"})))
     return failure();
-  if (failed(checkParameters(
-          router, routerAttr,
-          {"score", "order", "top_k", "renormalize", "epsilon", "norm_p", "scale"})))
+  if (failed(checkParameters(router, routerAttr,
+                             {"score", "order", "top_k", "renormalize", "epsilon", "norm_p",
+                              "scale", "selection_bias", "groups"})))
     return failure();
-  RouterVectors vectors = isa<RouterOp>(router) ? cast<RouterOp>(router).getVectors()
-                                                : cast<RouteDispatchOp>(router).getVectors();
-  for (Value vector :
-       {vectors.bias, vectors.selectionBias, vectors.expertScale, vectors.inputScale})
-    if (vector)
-      return router->emitOpError("expected a router without vectors, but got ")
-             << vector.getType() << ": not built yet for GPUs";
+  vectors = isa<RouterOp>(router) ? cast<RouterOp>(router).getVectors()
+                                  : cast<RouteDispatchOp>(router).getVectors();
+  if (vectors.expertScale || vectors.inputScale)
+    return router->emitOpError("expected a router with biases alone, but got ")
+           << (vectors.expertScale ? "expert_scale" : "input_scale") << ": not built yet for GPUs";
+  if (routerAttr.getSelectionBias() == SelectionBias::Logit)
+    return router->emitOpError("expected selection_bias = score, but got logit: not built yet for "
+                               "GPUs");
+  if (routerAttr.getGroups() && routerAttr.getGroups().getCount() > 32)
+    return router->emitOpError("expected at most 32 groups on a GPU, but got ")
+           << routerAttr.getGroups().getCount();
+  if ((routerAttr.getGroups() || vectors.selectionBias) &&
+      routerAttr.getOrder() != RouterOrder::ScoreThenSelect)
+    return router->emitOpError("expected order = score_then_select with groups or a selection "
+                               "bias, but got the other: not built yet for GPUs");
   if (routerAttr.getScore() != ScoreFunction::Softmax &&
       routerAttr.getScore() != ScoreFunction::Sigmoid)
     return router->emitOpError("expected score softmax or sigmoid, but got ")
@@ -84,8 +92,8 @@ LogicalResult Layer::checkRouter() {
 LogicalResult Layer::readMatmul(GroupedMatmulOp op) {
   if (failed(checkAttributes(op, {"row_type", "combine_type", "strategy", kGPUTilesAttrName})))
     return failure();
-  int64_t operands =
-      4 + (op.getViaPair() ? 2 : 0) + (op.getCombinePair() ? 3 : 0) + (op.getAccumulate() ? 1 : 0);
+  int64_t operands = 4 + (op.getViaPair() ? 2 : 0) + (op.getCombinePair() ? 3 : 0) +
+                     (op.getAccumulate() ? 1 : 0) + (op.getBias() ? 1 : 0);
   if (op->getNumOperands() != operands)
     return op.emitOpError("expected ")
            << operands << " operands with GPU code, but got " << op->getNumOperands();

@@ -25,6 +25,7 @@ struct Layer {
   func::FuncOp func;
   Operation *router = nullptr; ///< moe.router, moe.route_dispatch or null
   RouterAttr routerAttr;
+  RouterVectors vectors;    ///< of the router; null where there is none
   bool logits = false;      ///< the route entry's third result
   GroupedMatmulOp up, down; ///< null in a route entry
   bool dense = false;       ///< one group of all rows

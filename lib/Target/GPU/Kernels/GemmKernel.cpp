@@ -274,13 +274,27 @@ LogicalResult GemmEmitter::storeResult(ValueRange sums) {
   Value quad = g.rem(lane, 4), group = g.div(lane, 4);
   Value firstCol = g.mul(colBlock, cols);
   auto sum = [&](int64_t m, int64_t n, int64_t i) { return sums[(m * rowTiles + n) * 4 + i]; };
+  // The bias of instruction m, columns `group` and 8 further: lanes as those of a panel.
+  SmallVector<Value> bias;
+  if (spec.bias) {
+    int64_t panels = spec.weight.panelCount();
+    Value first = g.add(g.mul(colBlock, tile.getCols() / 32), g.mul(warpCol, colTiles / 2));
+    for (int64_t m = 0; m < colTiles; ++m) {
+      // Tiles reach beyond the last panel, where the result is not written.
+      Value panel = g.min(g.add(first, m / 2), g.c(panels - 1));
+      Value index = g.add(g.mul(g.add(g.mul(expert, panels), panel), 32), group);
+      for (int64_t half = 0; half < 2; ++half)
+        bias.push_back(g.loadF32(g.element(args[6], g.add(index, m % 2 * 16 + half * 8), 4)));
+    }
+  }
   // Gate and up of a column are in the same thread: instructions 2i and 2i + 1 of a panel.
   for (int64_t m = 0; m < colTiles; m += parts())
     for (int64_t n = 0; n < rowTiles; ++n)
       for (int64_t i = 0; i < 4; ++i) {
         SmallVector<Value> values;
         for (int64_t p = 0; p < parts(); ++p)
-          values.push_back(sum(m + p, n, i));
+          values.push_back(spec.bias ? g.addf(sum(m + p, n, i), bias[(m + p) * 2 + i / 2])
+                                     : sum(m + p, n, i));
         Value value = values[0];
         if (spec.epilogue) {
           for (Value &v : values)

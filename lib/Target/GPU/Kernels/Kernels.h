@@ -51,12 +51,12 @@ struct StageKernel {
 };
 void emitStage(OpBuilder &b, LLVM::LLVMFuncOp kernel, const StageKernel &spec);
 
-/// select(partial sums, tokens i32, weights, experts[, logits, logits_stride i64]): what
-/// `moe.router` computes after the matmul.
+/// select(partial sums, tokens i32, weights, experts[, logits, logits_stride i64][, bias]
+/// [, selection bias]): what `moe.router` computes after the matmul. Biases are f32 [E].
 struct SelectKernel {
   RouterAttr router;
   int64_t E, panels, slices;
-  bool logits;
+  bool logits, bias, selectionBias;
 };
 void emitSelect(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKernel &spec);
 
@@ -65,7 +65,8 @@ void emitSelect(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKernel &spec)
 /// row of token t.
 void emitSort(OpBuilder &b, LLVM::LLVMFuncOp kernel, int64_t E);
 
-/// gemm(rows, pair, slots i32, offsets, weight, result): one tile. `pair` is read with `gather`.
+/// gemm(rows, pair, slots i32, offsets, weight, result[, bias]): one tile. `pair` is read with
+/// `gather`.
 struct GemmKernel {
   GPUTileAttr tile;
   WeightType weight;
@@ -73,6 +74,7 @@ struct GemmKernel {
   int64_t resultWidth;       ///< columns of the result in memory, a multiple of 32
   bool gather;               ///< row n is rows[pair[n] / slots]
   Region *epilogue;          ///< null: none
+  bool bias;                 ///< panels of 32 f32, as those of the weight
   int64_t colBlocks() const; ///< tiles side by side
 };
 LogicalResult emitGemm(OpBuilder &b, LLVM::LLVMFuncOp kernel, const GemmKernel &spec);

@@ -158,6 +158,57 @@ static Value sigmoid(GPUBuilder &g, Value v) {
   return g.divf(g.f(1), g.addf(g.f(1), g.exp(negated)));
 }
 
+/// Gives the keys of experts outside of the best groups the key of the fill. Keys of lane l, which
+/// has experts `ids`; 0 where there is none.
+static void keepGroups(GPUBuilder &g, GroupsAttr groups, int64_t E, ArrayRef<Value> ids,
+                       MutableArrayRef<Value> keys) {
+  int64_t count = groups.getCount(), size = E / count, P = ids.size();
+  Value lane = ids[0];
+  // The largest key of the group, and the expert that has it.
+  auto largest = [&](Value group, Value except) -> std::pair<Value, Value> {
+    Value key = g.c(0), id = g.c(-1);
+    for (int64_t j = 0; j < P; ++j) {
+      Value inside = g.equal(g.div(ids[j], size), group);
+      if (except)
+        inside = g.andi(inside, g.icmp(arith::CmpIPredicate::ne, ids[j], except));
+      Value mine = g.select(inside, keys[j], g.c(0));
+      Value better = g.icmp(arith::CmpIPredicate::ugt, mine, key);
+      id = g.select(better, ids[j], id);
+      key = g.select(better, mine, key);
+    }
+    Value best = redux(g, key, NVVM::ReduxKind::UMAX);
+    Value candidate = g.select(g.equal(key, best), id, g.c(-1));
+    return {best, redux(g, candidate, NVVM::ReduxKind::UMIN)};
+  };
+  // Lane n has the key of group n.
+  Value group = g.loop(g.c(0), g.c(count), g.c(1), {g.c(0)},
+                       [&](Value n, ValueRange state) -> SmallVector<Value> {
+                         auto [best, id] = largest(n, {});
+                         Value score = keyScore(g, best);
+                         if (groups.getReduce() == GroupScore::SumTop2)
+                           score = g.addf(score, keyScore(g, largest(n, id).first));
+                         return {g.select(g.equal(lane, n), scoreKey(g, score), state[0])};
+                       })[0];
+  auto kept =
+      g.loop(g.c(0), g.c(groups.getKeep()), g.c(1), {group, g.c(0)},
+             [&](Value, ValueRange state) -> SmallVector<Value> {
+               Value best = redux(g, state[0], NVVM::ReduxKind::UMAX);
+               Value candidate = g.select(g.equal(state[0], best), lane, g.c(-1));
+               Value winner = redux(g, candidate, NVVM::ReduxKind::UMIN);
+               Value bit = arith::ShLIOp::create(g.b, g.loc, g.c(1), winner);
+               return {g.select(g.equal(lane, winner), g.c(0), state[0]), g.ori(state[1], bit)};
+             });
+  // Keys of +0 and of -inf.
+  int32_t fill = groups.getFill() == GroupFill::Zero ? int32_t(0x80000000) : 0x007fffff;
+  for (int64_t j = 0; j < P; ++j) {
+    Value of = g.div(ids[j], size);
+    Value bit = g.andi(arith::ShRUIOp::create(g.b, g.loc, kept[1], g.andi(of, 31)).getResult(), 1);
+    Value taken = g.select(g.equal(bit, 1), keys[j], g.c(fill));
+    // Padding stays padding.
+    keys[j] = g.select(g.equal(keys[j], 0), keys[j], taken);
+  }
+}
+
 void mlir::moe::emitSelect(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKernel &spec) {
   GPUBuilder g(b, kernel.getLoc());
   ValueRange args = kernel.getArguments();
@@ -191,6 +242,13 @@ void mlir::moe::emitSelect(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKe
                      sum[j] = g.addf(sum[j], g.loadF32(at(slice, j)));
                    return sum;
                  });
+    // Vectors are padded to whole panels.
+    int64_t next = 4 + (spec.logits ? 2 : 0);
+    if (spec.bias) {
+      for (int64_t j = 0; j < P; ++j)
+        z[j] = g.addf(z[j], g.loadF32(g.element(args[next], ids[j], 4)));
+      ++next;
+    }
     if (spec.logits)
       for (int64_t j = 0; j < P; ++j) {
         auto write = [&] {
@@ -215,9 +273,16 @@ void mlir::moe::emitSelect(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKe
     }
     SmallVector<Value> state;
     for (int64_t j = 0; j < P; ++j) {
-      Value key = scoreKey(g, score[j]);
+      Value by = score[j];
+      if (spec.selectionBias)
+        by = g.addf(by, g.loadF32(g.element(args[next], ids[j], 4)));
+      Value key = scoreKey(g, by);
       state.push_back(real[j] ? g.select(real[j], key, g.c(0)) : key);
     }
+    if (router.getGroups())
+      keepGroups(g, router.getGroups(), spec.E, ids, state);
+    // What was chosen by is the score, unless something was added or left out.
+    bool apart = spec.selectionBias || router.getGroups();
     state.append(2 * keep, g.c(0)); // ids and keys of the chosen, K of them spread over the lanes
     state = g.loop(g.c(0), g.c(K), g.c(1), state,
                    [&](Value round, ValueRange old) -> SmallVector<Value> {
@@ -231,6 +296,12 @@ void mlir::moe::emitSelect(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKe
                      Value best = redux(g, key, NVVM::ReduxKind::UMAX);
                      Value candidate = g.select(g.equal(key, best), id, g.c(-1));
                      Value winner = redux(g, candidate, NVVM::ReduxKind::UMIN);
+                     if (apart) {
+                       Value own = g.c(0); // one lane has it
+                       for (int64_t j = 0; j < P; ++j)
+                         own = g.select(g.equal(ids[j], winner), g.bits(score[j]), own);
+                       best = redux(g, own, NVVM::ReduxKind::UMAX);
+                     }
                      for (int64_t j = 0; j < P; ++j)
                        next[j] = g.select(g.equal(ids[j], winner), g.c(0), next[j]);
                      for (int64_t q = 0; q < keep; ++q) {
@@ -244,7 +315,8 @@ void mlir::moe::emitSelect(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKe
     SmallVector<Value> chosen, weight, isChosen;
     for (int64_t q = 0; q < keep; ++q) {
       chosen.push_back(state[P + q]);
-      weight.push_back(keyScore(g, state[P + keep + q]));
+      Value kept = state[P + keep + q];
+      weight.push_back(apart ? g.real(kept) : keyScore(g, kept));
       isChosen.push_back(g.less(g.add(lane, q * 32), K));
     }
     if (!scoreFirst && isSoftmax) {

@@ -303,7 +303,8 @@ static int runCase(SimtCode &code, const Signature &signature, bool given, Strin
     auto data = readFile<float>(dir + "w" + std::to_string(index) + ".bin",
                                 type.getExperts() * type.getParts() * part);
     int32_t dtype = type.getFormat().getStorageType().isF32() ? MOEC_DT_F32 : MOEC_DT_BF16;
-    uint64_t expertBytes = moec_pack_expert_bytes(MOEC_PANEL32, dtype, type.getParts(),
+    int32_t layout = type.isVector() ? MOEC_VECTOR32 : MOEC_PANEL32;
+    uint64_t expertBytes = moec_pack_expert_bytes(layout, dtype, type.getParts(),
                                                   type.getRows(), type.getCols());
     std::vector<uint8_t> bytes(type.getExperts() * expertBytes + 4096);
     uint8_t *base = bytes.data() + (4096 - reinterpret_cast<uintptr_t>(bytes.data()) % 4096) % 4096;
@@ -311,7 +312,7 @@ static int runCase(SimtCode &code, const Signature &signature, bool given, Strin
       for (int64_t p = 0; p < type.getParts(); ++p) {
         moec_pack_source source = {data.data() + (e * type.getParts() + p) * part, MOEC_DT_F32,
                                    type.getCols(), 1};
-        if (moec_pack(MOEC_PANEL32, base + e * expertBytes, dtype, type.getParts(), p,
+        if (moec_pack(layout, base + e * expertBytes, dtype, type.getParts(), p,
                       type.getRows(), type.getCols(), 0, type.getRows(), &source) >= 0)
           die("expected finite weights");
       }
