@@ -163,6 +163,8 @@ static llvm::Expected<Request> understand() {
   if (cuda && strategyOption.getNumOccurrences())
     return wrong("--strategy", "the chosen schedule with --target cuda", strategyOption,
                  "gpu_tiles written in a .mlir file after phase `target` are kept");
+  if (cuda && machineOption.getNumOccurrences())
+    return wrong("--machine", "no file with --target cuda", machineOption);
   if (cuda) {
     auto gpus = parseGPUs(gpuOption);
     if (!gpus)
