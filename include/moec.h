@@ -143,9 +143,9 @@ typedef struct {
    name that is not plain), E-IO (a file cannot be read), E-ABI (code of another major or a later
    minor version), E-ISA (this machine or the library lacks the level), E-UNSUPPORTED and
    E-NO-DEVICE (device); on a CUDA device also E-NO-DRIVER, E-DRIVER-OLD, E-ARCH (no code for this
-   device), E-DEVICE-MEMORY, E-LAUNCH (another error of the driver) and E-FORK; E-FILE-FORMAT (not a packed file, truncated, of a later schema),
-   E-WEIGHTS (weights of other code), E-LAYOUT (tensors other than the code wants), E-HASH (verify:
-   bytes changed), E-MEMORY. */
+   device), E-DEVICE-MEMORY, E-LAUNCH (another error of the driver) and E-FORK; E-FILE-FORMAT (not a
+   packed file, truncated, of a later schema), E-WEIGHTS (weights of other code), E-LAYOUT (tensors
+   other than the code wants), E-HASH (verify: bytes changed), E-MEMORY. */
 MOEC_API int moec_open(const char *dir, const moec_open_options *options, moec_model **model,
                        moec_error *error);
 

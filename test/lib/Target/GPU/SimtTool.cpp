@@ -304,16 +304,16 @@ static int runCase(SimtCode &code, const Signature &signature, bool given, Strin
                                 type.getExperts() * type.getParts() * part);
     int32_t dtype = type.getFormat().getStorageType().isF32() ? MOEC_DT_F32 : MOEC_DT_BF16;
     int32_t layout = type.isVector() ? MOEC_VECTOR32 : MOEC_PANEL32;
-    uint64_t expertBytes = moec_pack_expert_bytes(layout, dtype, type.getParts(),
-                                                  type.getRows(), type.getCols());
+    uint64_t expertBytes =
+        moec_pack_expert_bytes(layout, dtype, type.getParts(), type.getRows(), type.getCols());
     std::vector<uint8_t> bytes(type.getExperts() * expertBytes + 4096);
     uint8_t *base = bytes.data() + (4096 - reinterpret_cast<uintptr_t>(bytes.data()) % 4096) % 4096;
     for (int64_t e = 0; e < type.getExperts(); ++e)
       for (int64_t p = 0; p < type.getParts(); ++p) {
         moec_pack_source source = {data.data() + (e * type.getParts() + p) * part, MOEC_DT_F32,
                                    type.getCols(), 1};
-        if (moec_pack(layout, base + e * expertBytes, dtype, type.getParts(), p,
-                      type.getRows(), type.getCols(), 0, type.getRows(), &source) >= 0)
+        if (moec_pack(layout, base + e * expertBytes, dtype, type.getParts(), p, type.getRows(),
+                      type.getCols(), 0, type.getRows(), &source) >= 0)
           die("expected finite weights");
       }
     pointers[index] = base;
