@@ -156,7 +156,7 @@ def models_page():
         "transformers class, its layers with the module tree, and every weight it finds in files",
         "written by `save_pretrained`, whole, in shards and fused as in memory, with the modules'",
         "tensors. Results are compared with the transformers block and a float64 reference for the",
-        "rows in `ROWS` of `test/python/oracle.py`.",
+        "rows in `ROWS` of `test/python/oracle.py` and `FAMILIES` of `test/python/families.py`.",
         "",
         "Every matrix may be stored as f32, bf16, f16, or fp8 (e4m3) with a `weight_scale_inv` for",
         "each block of 128 x 128 where `quantization_config` says so; mxfp4 where a form below",
