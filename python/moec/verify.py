@@ -324,7 +324,7 @@ def _check(layer: Any, source: Any, peer: Peer | str, tokens: int, seed: int) ->
         result.problems.append(f"transformers' experts are {result.transformers:.1e} off")
 
     # The whole layer, by its own choice.
-    whole = getattr(ref, "given", ref.experts)(x, ids, weights)
+    whole = ref.given(x, ids, weights)
     _judge(result, run(layer, x, **more), whole, "the whole layer")
 
     # What the block is, by transformers: in f32, where no choice is within rounding.

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+import test_transformers_rows
 import torch
 from conftest import driver, moec_command
 from moec._checkpoint import Checkpoint
 from moec.verify import main, verify
 from safetensors.torch import load_file, save_file
+from test_spec_models import CASES
 from test_spec_quantized import fp8_checkpoint, mxfp4_checkpoint
 
 PACKAGE = str(Path(__file__).resolve().parents[2] / "build/python")
@@ -58,6 +60,22 @@ def test_other_files_of_the_same_weights(compiled, tmp_path):
     sharded = oracle.rewrite_sharded(model.checkpoint.path, tmp_path / "sharded")
     for against in (fused, sharded, model.checkpoint.path / "model.safetensors"):
         assert verify(model.path, against, transformers=False).ok
+
+
+@pytest.mark.parametrize(
+    "row", sorted(set(CASES) - {"llama", "mixtral", "qwen3_moe", "granitemoe"})
+)
+def test_every_row(row, tmp_path):
+    """Compiled from what transformers wrote, against float64 and transformers' own blocks."""
+    model = test_transformers_rows.make(row)
+    model.save_pretrained(tmp_path / "m")
+    moec_command("compile", tmp_path / "m", "-o", tmp_path / "m.moec", "--cpu=native", "--quiet")
+    result = verify(tmp_path / "m.moec", tmp_path / "m")
+    assert result.ok, result.table()
+    moe = [layer for layer in result.layers if layer.kind == "moe"]
+    assert moe and all(layer.same > 40 for layer in moe)
+    if row != "llama4_text":  # its experts are not dispatched
+        assert all(layer.transformers > 0 for layer in moe)
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.6.{}.weight"
@@ -254,6 +272,24 @@ def test_interrupted(compiled, tmp_path):
     # Ended by the signal itself, which a shell shows as 130.
     assert child.returncode == -signal.SIGINT and not err
     assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("command", [["bench", "CONFIG", "--tokens", "1,8,64"], ["doctor"]])
+def test_other_tools_are_interrupted(command, compiled, tmp_path):
+    """Both work for seconds; nothing of bench's own folder is left."""
+    config = str(compiled("mixtral", "f32").checkpoint.path / "config.json")
+    child = subprocess.Popen(
+        [driver(), *(config if word == "CONFIG" else word for word in command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(TMPDIR=str(tmp_path)),
+    )
+    time.sleep(0.7)
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=30)
+    assert child.returncode in (130, -signal.SIGINT)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_python(compiled):
