@@ -20,11 +20,29 @@ LLD_HAS_DRIVER(elf)
 
 namespace moec {
 
+/// LLD maps its output, where a full disk is a signal (SIGBUS) and no error: so the room is taken
+/// first, given back, and then used.
+static llvm::Error findRoom(llvm::StringRef object, llvm::StringRef scratch,
+                            llvm::StringRef shown) {
+  uint64_t bytes = 0;
+  if (std::error_code error = llvm::sys::fs::file_size(object, bytes))
+    return osError(object, "the object file", error.value());
+  std::string room = (scratch + "/room").str();
+  auto file = StagedFile::create(room, shown);
+  if (!file)
+    return file.takeError();
+  llvm::Error error = (*file)->reserve(bytes + (64u << 10)); // headers, tables and padding
+  llvm::sys::fs::remove(room);
+  return error;
+}
+
 llvm::Error linkShared(llvm::StringRef object, llvm::StringRef library, llvm::StringRef soname,
                        llvm::StringRef exported, llvm::StringRef scratch) {
   std::string script = (scratch + "/exports.map").str();
   if (llvm::Error error =
           writeFile(script, ("{ global: " + exported + "; local: *; };\n").str(), "exports.map"))
+    return error;
+  if (llvm::Error error = findRoom(object, scratch, soname))
     return error;
   std::string sonameOption = ("-soname=" + soname).str();
   std::string scriptOption = "--version-script=" + script;

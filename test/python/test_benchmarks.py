@@ -87,3 +87,11 @@ def test_refusals(tmp_path):
     other.write_text("{}")
     done = run(ROOT / "benchmarks/plots.py", other, "--out", tmp_path)
     assert done.returncode == 1 and "expected a result of run.py" in done.stderr
+
+
+def test_fixed_cost():
+    """The program of ruling 9 compiles without a warning and measures every kind of call."""
+    done = run(ROOT / "benchmarks/fixed_cost.py", "--build", BUILD, "--calls", 1)
+    assert done.returncode == 0, done.stderr
+    for kind in ("whole layer", "experts given", "route only"):
+        assert done.stdout.count(kind) == 2
