@@ -319,8 +319,9 @@ class Reference:
                 choice = scores + self._weight("selection_bias")
             elif r["selection_bias"] == "logit":
                 choice = z + self._weight("selection_bias")
+            gap = np.full(len(x), np.inf)
             if r["groups"] > 1:
-                choice = self._keep_groups(choice)
+                choice, gap = self._keep_groups(choice)
 
             # A stable sort of the negated scores: falling score, equal scores by rising id.
             order = np.argsort(-choice, axis=-1, kind="stable")
@@ -341,11 +342,11 @@ class Reference:
             if r["scale"] == "per_expert":
                 w = w * self._weight("per_expert_scale")[idx]
 
-            gap = np.full(len(x), np.inf)
-            logit_gap = gap.copy()
+            logit_gap = np.full(len(x), np.inf)
             if k < self.spec["E"]:
                 pair = order[:, k - 1 : k + 1]
-                gap = -np.diff(np.take_along_axis(choice, pair, -1), axis=-1)[:, 0]
+                lead = -np.diff(np.take_along_axis(choice, pair, -1), axis=-1)[:, 0]
+                gap = np.minimum(gap, lead)
                 logit_gap = -np.diff(np.take_along_axis(z, pair, -1), axis=-1)[:, 0]
                 if r["selection_bias"] != "none" or r["groups"] > 1:
                     logit_gap = np.full(len(x), np.nan)
@@ -366,19 +367,25 @@ class Reference:
             np.put_along_axis(left, idx[:, j : j + 1], -math.inf, -1)
         return weights
 
-    def _keep_groups(self, choice: np.ndarray) -> np.ndarray:
-        """Experts outside the best groups get the fill score."""
+    def _keep_groups(self, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Experts outside the best groups get the fill score; and by how much the last group that
+        is kept leads the first that is not."""
         r = self.spec["router"]
         per_group = choice.reshape(len(choice), r["groups"], -1)
         if r["group_reduce"] == "max":
             best = per_group.max(-1)
         else:
             best = np.sort(per_group, -1)[..., -2:].sum(-1)
-        kept = np.argsort(-best, axis=-1, kind="stable")[:, : r["groups_kept"]]
+        ranked = np.argsort(-best, axis=-1, kind="stable")
+        kept = ranked[:, : r["groups_kept"]]
+        gap = np.full(len(choice), np.inf)
+        if r["groups_kept"] < r["groups"]:
+            pair = ranked[:, r["groups_kept"] - 1 : r["groups_kept"] + 1]
+            gap = -np.diff(np.take_along_axis(best, pair, -1), axis=-1)[:, 0]
         mask = np.zeros(best.shape, bool)
         np.put_along_axis(mask, kept, True, -1)
         fill = 0.0 if r["group_fill"] == "zero" else -math.inf
-        return np.where(mask[..., None], per_group, fill).reshape(choice.shape)
+        return np.where(mask[..., None], per_group, fill).reshape(choice.shape), gap
 
     def route(self, x: Any, logits: bool = False) -> tuple[np.ndarray, ...]:
         """(ids int32 [T,K], weights float64 [T,K][, logits float64 [T,E]]), best first."""

@@ -37,6 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "hunyuan_v1_moe",
         dict(intermediate_size=F, num_experts=E, moe_topk=K),
     ),
+    "deepseek_v2": ("deepseek_v2", K3),
     "deepseek_v2-greedy": (
         "deepseek_v2",
         K3 | dict(topk_method="greedy", n_group=None, topk_group=None, routed_scaling_factor=1.0),
@@ -57,8 +58,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "ernie4_5_moe",
         dict(moe_intermediate_size=F, moe_num_experts=E, moe_k=K, moe_norm_min=0.6),
     ),
+    "lfm2_moe": ("lfm2_moe", K2),
+    "lfm2_moe-plain": ("lfm2_moe", K2 | dict(use_expert_bias=False, norm_topk_prob=False)),
     "gpt_oss": ("gpt_oss", K1),
     "gpt_oss-limit": ("gpt_oss", K1 | dict(swiglu_limit=1.0, swiglu_alpha=1.5)),
+    "gemma4": (
+        "gemma4_text",
+        dict(moe_intermediate_size=F, num_experts=E, top_k_experts=K, rms_norm_eps=1e-3),
+    ),
     "llama4": ("llama4_text", dict(intermediate_size=F, num_local_experts=E)),
     "phimoe": ("phimoe", K1 | dict(num_experts_per_tok=2, router_jitter_noise=0.1)),
 }
@@ -103,11 +110,20 @@ def formula(config: Any, row: str) -> dict[str, Any]:
         router |= {"selection_bias": "score", "renormalize": "clamp_sum"}
         router["epsilon"] = config.moe_norm_min
         combine = {"shared": "mlp"}
+    elif row == "lfm2_moe":
+        router |= {"score": "sigmoid", "scale_value": config.routed_scaling_factor}
+        if config.use_expert_bias:
+            router["selection_bias"] = "score"
+        if config.norm_topk_prob:
+            router |= {"renormalize": "sum", "epsilon": 1e-6}
     elif row == "gpt_oss":
         router |= {"order": "select_then_score", "logit_bias": True}
         limit = getattr(config, "swiglu_limit", 7.0)
         expert |= {"clamp": "oai", "clamp_limit": limit, "bias": True}
         expert["clamp_alpha"] = getattr(config, "swiglu_alpha", 1.702)
+    elif row == "gemma4_text":
+        router |= {"renormalize": "sum", "scale": "per_expert"}
+        router |= {"input": "rms_norm", "router_x": True, "input_epsilon": config.rms_norm_eps}
     elif row == "llama4_text":
         router |= {"score": "sigmoid", "order": "select_then_score"}
         combine = {"shared": "mlp", "apply": "input"}
