@@ -6,8 +6,10 @@
 
 // CHECK-LABEL: func.func @f0(
 // CHECK-SAME: %[[OFF:[a-z0-9]*]]: memref<5xi32> {moe.arg = "offsets"}
-// The router: row blocks of tokens.
+// The router: row blocks of tokens, at least one for every lane.
 // CHECK: moe.stage "route"
+// CHECK: arith.minui
+// CHECK: arith.maxui
 // CHECK: moe.claim counter(0)
 // CHECK: moe.pack_rows
 // CHECK: moe.gemm_tile {{.*}} into rows
