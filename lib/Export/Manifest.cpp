@@ -124,6 +124,7 @@ std::string manifestText(const ManifestInput &input) {
     });
   }
   json.attribute("strategy", input.strategy);
+  json.attribute("reasons", input.reasons);
   json.attributeObject("sizes", [&] {
     json.attribute("library", static_cast<int64_t>(input.libraryBytes));
     json.attribute("weights", static_cast<int64_t>(weightBytes));

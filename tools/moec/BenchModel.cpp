@@ -129,7 +129,8 @@ static llvm::Error compileInto(const ModelSpec &spec, const std::string &level,
           linkShared(object, folder + "/" + library, library, table->symbol(), scratch))
     return error;
   llvm::sys::fs::remove(object);
-  ManifestInput manifest{spec, *table, compiler.strategies(), library, spec.name + ".h", 0};
+  ManifestInput manifest{
+      spec, *table, compiler.strategies(), compiler.reasons(), library, spec.name + ".h", 0};
   return writeFile(folder + "/manifest.json", manifestText(manifest));
 }
 

@@ -440,7 +440,8 @@ static llvm::Error work(Request request) {
   llvm::sys::fs::remove(object);
   if (llvm::Error error = writeFile(folder + "/" + spec.name + ".h", headerText(*table)))
     return error;
-  ManifestInput manifest{spec, *table, compiler.strategies(), library, spec.name + ".h", 0};
+  ManifestInput manifest{
+      spec, *table, compiler.strategies(), compiler.reasons(), library, spec.name + ".h", 0};
   uint64_t libraryBytes = 0;
   llvm::sys::fs::file_size(folder + "/" + library, libraryBytes);
   manifest.libraryBytes = libraryBytes;

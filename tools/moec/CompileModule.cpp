@@ -44,7 +44,8 @@ namespace moec::tool {
 
 namespace moe = mlir::moe;
 
-static constexpr llvm::StringLiteral strategiesAttribute = "moe.strategies";
+static constexpr llvm::StringLiteral strategiesAttribute = "moe.strategies",
+                                     reasonsAttribute = "moe.reasons";
 
 //===----------------------------------------------------------------------===//
 // Options
@@ -349,6 +350,10 @@ llvm::Error ModuleCompiler::parse(llvm::StringRef path, std::string &from) {
       mlir::parseSourceString<mlir::ModuleOp>(*text, mlir::ParserConfig(impl->context.get()), path);
   if (!impl->module)
     return makeError(ErrorCode::CONFIG, path, "moe IR that can be read", diagnostics);
+  for (llvm::StringRef name : {strategiesAttribute, reasonsAttribute})
+    if (auto text = (*impl->module)->getAttrOfType<mlir::StringAttr>(name))
+      if (auto value = parseJSON(text.getValue(), name, ErrorCode::CONFIG); !value)
+        return value.takeError();
   impl->phase = from;
   return llvm::Error::success();
 }
@@ -391,62 +396,91 @@ llvm::Expected<ModelSpec> ModuleCompiler::spec() {
 // Phases
 //===----------------------------------------------------------------------===//
 
-/// What a person can change of the chosen schedules, as moe-select-strategy reads it.
-static llvm::json::Value collectStrategies(mlir::ModuleOp module) {
-  llvm::json::Object functions;
+/// Calls `use` for every operation with its name as moe-select-strategy knows it.
+static void forEachMatmul(
+    mlir::ModuleOp module,
+    llvm::function_ref<void(mlir::func::FuncOp, const std::string &, mlir::Operation *)> use) {
   for (auto function : module.getOps<mlir::func::FuncOp>()) {
-    llvm::json::Object ops;
     unsigned number = 0;
     function.walk([&](mlir::Operation *op) {
       std::string key = "router";
       if (mlir::isa<moe::GroupedMatmulOp>(op))
         key = "grouped_matmul." + std::to_string(number++);
-      if (auto tiles = op->getAttrOfType<mlir::ArrayAttr>("gpu_tiles")) {
-        llvm::json::Array list;
-        for (mlir::Attribute tile : tiles) {
-          std::string text;
-          llvm::raw_string_ostream(text) << tile;
-          list.push_back(std::move(text));
-        }
-        ops[key] = llvm::json::Object{{"gpu_tiles", std::move(list)}};
-      }
-      auto strategy = op->getAttrOfType<moe::StrategyAttr>("strategy");
-      if (!strategy)
-        return;
-      moe::UkernelAttr kernel = strategy.getUkernel();
-      ops[key] = llvm::json::Object{{"rows", kernel.getRows()},
-                                    {"panels", kernel.getPanels()},
-                                    {"order", moe::stringifyKernelOrder(kernel.getOrder())},
-                                    {"prefetch", kernel.getPrefetch()},
-                                    {"chunk_rows", strategy.getChunkRows()},
-                                    {"panels_per_task", strategy.getPanelsPerTask()}};
+      use(function, key, op);
     });
-    if (!ops.empty())
-      functions[function.getSymName()] = std::move(ops);
   }
-  return functions;
 }
 
-static void printRemarks(mlir::ModuleOp module) {
-  for (auto function : module.getOps<mlir::func::FuncOp>())
-    function.walk([&](mlir::Operation *op) {
-      if (auto strategy = op->getAttrOfType<moe::StrategyAttr>("strategy")) {
-        std::string text;
-        llvm::raw_string_ostream os(text);
-        moe::UkernelAttr kernel = strategy.getUkernel();
-        int64_t vectors = kernel.getVectorsPerRow();
-        auto [registers, lanes] = moe::UkernelAttr::getRegisterFile(kernel.getLevel());
-        os << "remark: " << function.getSymName() << ": " << op->getName() << ": "
-           << kernel.getRows() << " rows x " << kernel.getPanels() << " panel(s) use "
-           << moe::UkernelAttr::getRegistersNeeded(kernel.getRows(), vectors, kernel.getOrder())
-           << " of " << registers << " registers of " << lanes << " floats, products by "
-           << moe::stringifyKernelProduct(kernel.getProduct()) << "; chunks of "
-           << strategy.getChunkRows() << " rows, " << strategy.getPanelsPerTask()
-           << " panels a task, rows from " << moe::stringifyRowSource(strategy.getSource())
-           << ", result as " << moe::stringifyResultForm(strategy.getResult());
-        llvm::errs() << text << "\n";
-      }
-    });
+/// What a person can change of a chosen schedule; null where there is none.
+static llvm::json::Value fieldsOf(mlir::Operation *op) {
+  if (auto tiles = op->getAttrOfType<mlir::ArrayAttr>("gpu_tiles")) {
+    llvm::json::Array list;
+    for (mlir::Attribute tile : tiles) {
+      std::string text;
+      llvm::raw_string_ostream(text) << tile;
+      list.push_back(std::move(text));
+    }
+    return llvm::json::Object{{"gpu_tiles", std::move(list)}};
+  }
+  auto strategy = op->getAttrOfType<moe::StrategyAttr>("strategy");
+  if (!strategy)
+    return nullptr;
+  moe::UkernelAttr kernel = strategy.getUkernel();
+  return llvm::json::Object{{"rows", kernel.getRows()},
+                            {"panels", kernel.getPanels()},
+                            {"order", moe::stringifyKernelOrder(kernel.getOrder())},
+                            {"prefetch", kernel.getPrefetch()},
+                            {"chunk_rows", strategy.getChunkRows()},
+                            {"panels_per_task", strategy.getPanelsPerTask()}};
+}
+
+/// What speaks for a schedule of a CPU, in numbers; null where there is none.
+static llvm::json::Value reasonOf(mlir::Operation *op) {
+  auto strategy = op->getAttrOfType<moe::StrategyAttr>("strategy");
+  if (!strategy)
+    return nullptr;
+  moe::UkernelAttr kernel = strategy.getUkernel();
+  std::string text;
+  llvm::raw_string_ostream os(text);
+  auto [registers, lanes] = moe::UkernelAttr::getRegisterFile(kernel.getLevel());
+  if (kernel.getProduct() == moe::KernelProduct::TileBF16)
+    os << kernel.getRows() << " rows x 32 columns are " << kernel.getRows() / 16 * 2
+       << " tiles of sums";
+  else
+    os << kernel.getRows() << " rows x " << kernel.getPanels() << " panel(s) use "
+       << moe::UkernelAttr::getRegistersNeeded(kernel.getRows(), kernel.getVectorsPerRow(),
+                                               kernel.getOrder())
+       << " of " << registers << " registers of " << lanes << " floats";
+  os << ", products by " << moe::stringifyKernelProduct(kernel.getProduct());
+  if (auto matmul = mlir::dyn_cast<moe::GroupedMatmulOp>(op)) {
+    moe::KernelProduct product = kernel.getProduct();
+    bool pairs = product == moe::KernelProduct::DotBF16 || product == moe::KernelProduct::TileBF16;
+    uint64_t element = pairs ? 2 : 4;
+    os << "; a chunk of " << strategy.getChunkRows() << " rows takes "
+       << sizeText(element * strategy.getChunkRows() * matmul.getWeightType().getCols())
+       << " of L2, and " << strategy.getPanelsPerTask() << " of "
+       << matmul.getWeightType().panelCount() << " panels share a pass over it; rows from "
+       << moe::stringifyRowSource(strategy.getSource()) << ", result as "
+       << moe::stringifyResultForm(strategy.getResult());
+  }
+  return text;
+}
+
+/// Functions, of matmuls, of what `value` says about them (null: nothing).
+static std::string collect(mlir::ModuleOp module,
+                           llvm::function_ref<llvm::json::Value(mlir::Operation *)> value) {
+  llvm::json::Object functions;
+  forEachMatmul(module,
+                [&](mlir::func::FuncOp function, const std::string &key, mlir::Operation *op) {
+                  llvm::json::Value said = value(op);
+                  if (said.getAsNull())
+                    return;
+                  llvm::json::Value &ops = functions[function.getSymName()];
+                  if (!ops.getAsObject())
+                    ops = llvm::json::Object{};
+                  (*ops.getAsObject())[key] = std::move(said);
+                });
+  return canonicalText(std::move(functions));
 }
 
 llvm::Error ModuleCompiler::runPhases(const PipelineChoice &choice) {
@@ -473,11 +507,17 @@ llvm::Error ModuleCompiler::runPhases(const PipelineChoice &choice) {
   options->afterPhase = [&](llvm::StringRef phase, mlir::ModuleOp after) -> llvm::Error {
     impl->phase = phase.str();
     if (phase == "strategy") {
-      after->setAttr(
-          strategiesAttribute,
-          mlir::StringAttr::get(after.getContext(), canonicalText(collectStrategies(after))));
+      mlir::Builder builder(after.getContext());
+      after->setAttr(strategiesAttribute, builder.getStringAttr(collect(after, fieldsOf)));
+      after->setAttr(reasonsAttribute, builder.getStringAttr(collect(after, reasonOf)));
       if (choice.remarks)
-        printRemarks(after);
+        forEachMatmul(after,
+                      [](mlir::func::FuncOp function, const std::string &key, mlir::Operation *op) {
+                        llvm::json::Value said = reasonOf(op);
+                        if (auto reason = said.getAsString())
+                          llvm::errs() << "remark: " << function.getSymName() << ": " << key << ": "
+                                       << *reason << "\n";
+                      });
     }
     if (const moe::Phase *next = moe::findPhase(phase) + 1; next <= lastIRPhase())
       noteForCrash("phase.txt", (next->name + "\n").str());
@@ -556,10 +596,19 @@ llvm::Expected<llvm::SmallVector<char, 0>> ModuleCompiler::code(const moe::CodeT
   return code;
 }
 
-llvm::json::Value ModuleCompiler::strategies() const {
-  if (auto text = (*impl->module)->getAttrOfType<mlir::StringAttr>(strategiesAttribute))
-    return llvm::cantFail(llvm::json::parse(text.getValue()), "written by runPhases");
+/// JSON text of an attribute of the module, which `parse` has seen if it came from outside.
+static llvm::json::Value readAttribute(mlir::ModuleOp module, llvm::StringRef name) {
+  if (auto text = module->getAttrOfType<mlir::StringAttr>(name))
+    return llvm::cantFail(llvm::json::parse(text.getValue()), "checked by parse");
   return llvm::json::Object{};
+}
+
+llvm::json::Value ModuleCompiler::strategies() const {
+  return readAttribute(*impl->module, strategiesAttribute);
+}
+
+llvm::json::Value ModuleCompiler::reasons() const {
+  return readAttribute(*impl->module, reasonsAttribute);
 }
 
 } // namespace moec::tool

@@ -77,6 +77,8 @@ public:
                                                   mlir::moe::CodeFormat format);
   /// The strategies chosen, as the `strategy` section of a manifest.
   llvm::json::Value strategies() const;
+  /// Why each of them was chosen: a sentence for every matmul of every function.
+  llvm::json::Value reasons() const;
 
 private:
   struct Impl;

@@ -216,8 +216,9 @@ static std::string codeText(const Manifest &manifest) {
   const llvm::json::Object *strategy = root.getObject("strategy");
   if (!strategy || strategy->empty())
     return out;
-  rows = {
-      {"function", "matmul", "rows", "panels", "order", "prefetch", "chunk rows", "panels/task"}};
+  rows = {{"function", "matmul", "rows", "panels", "order", "prefetch", "chunk rows", "panels/task",
+           "why"}};
+  const llvm::json::Object *reasons = root.getObject("reasons");
   std::vector<llvm::StringRef> functions;
   for (const auto &member : *strategy)
     functions.push_back(member.first);
@@ -234,15 +235,15 @@ static std::string codeText(const Manifest &manifest) {
           for (const char *key :
                {"rows", "panels", "order", "prefetch", "chunk_rows", "panels_per_task"})
             row.push_back(fields->get(key) ? plainText(*fields->get(key)) : "");
+          const llvm::json::Object *why = reasons ? reasons->getObject(function) : nullptr;
+          row.push_back(why ? why->getString(op).value_or("").str() : "");
           rows.push_back(std::move(row));
         }
     }
   os << "\nstrategies (edit this section of manifest.json and give it to --strategy)\n"
      << tableText(rows)
-     << "\nwhy: `rows` x `panels` is the tallest block whose accumulators fit the registers of the "
-        "level,\nso a weight is read once per `rows` rows; `chunk rows` keeps the packed rows of a "
-        "lane in L2;\n`panels/task` shares one pass over those rows; `prefetch` is in bytes ahead "
-        "of the panel.\n";
+     << "\nA tall block reads a weight once per `rows` rows; `prefetch` is in bytes ahead of the "
+        "panel.\n";
   return out;
 }
 

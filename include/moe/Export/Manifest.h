@@ -31,12 +31,13 @@ constexpr int64_t manifestSchema = 1;
 ///   code      shapes, packed weights, levels with their entries; every stage says path =
 ///             optimized, as code without an optimized path is refused
 ///   strategy  the chosen schedule of every function (what --strategy reads)
+///   reasons   why: a sentence for each of them
 ///   sizes     bytes of the library and of all weights
 ///   spec      the *.moe.json of the model with the origin of every attribute
 struct ManifestInput {
   const ModelSpec &spec;
   const mlir::moe::CodeTable &table;
-  llvm::json::Value strategy;
+  llvm::json::Value strategy, reasons;
   std::string library, header;
   uint64_t libraryBytes = 0;
 };
