@@ -284,6 +284,8 @@ def test_other_tools_are_interrupted(command, compiled, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=environment(TMPDIR=str(tmp_path)),
+        # A shell starts its background jobs, and all below them, with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     time.sleep(0.7)
     child.send_signal(signal.SIGINT)
