@@ -38,7 +38,9 @@ def prefix(tmp_path_factory):
 
 def check_consumer(text):
     version, message = text.splitlines()
-    assert version == "1.0 E-IO", text
+    header = (ROOT / "include/moec.h").read_text()
+    abi = int(re.search(r"#define MOEC_ABI (0x\w+)u", header)[1], 16)
+    assert version == f"{abi >> 16}.{abi & 0xFFFF} E-IO", text
     assert message.startswith("E-IO: ") and "/nonexistent.moec" in message, text
     assert ": expected " in message and ", but got" in message, text
 
