@@ -158,8 +158,8 @@ LogicalResult EntryTiler::tileRouter(OpTy op, Value outLogits,
   Value a = alloc(body, {kernel.getRows() * roundUp(type.getCols(), 16)}, body.getF32Type());
   Value logits =
       alloc(body, {kernel.getRows(), type.panelCount() * kPanelWidth}, body.getF32Type());
-  // Few tokens are shared among the lanes, although each lane then reads all of the weight: with one
-  // block the others would wait.
+  // Few tokens are shared among the lanes, although each lane then reads all of the weight: with
+  // one block the others would wait.
   Value blocks = Index(body, loc).ceilDiv(tokens, kernel.getRows());
   blocks = Index(body, loc).max(blocks, Index(body, loc).min(tokens, stage.getLanes()));
   claimTasks(body, stage, blocks, /*guided=*/false, {},
