@@ -1,11 +1,12 @@
 """Draws a result file of run.py: SVG pictures and a table in Markdown.
 
-    python benchmarks/plots.py benchmarks/results/FILE.json --out docs/plots
+    python benchmarks/plots.py benchmarks/results/FILE.json [FILE.json ...] --out docs/plots
 
-For every shape, dtype and routing: time of a call against T with the roof of the machine
-(SHAPE-DTYPE-ROUTING-time.svg), other libraries' time over moec's (…-ratio.svg), and moec over its
-own dense FFN of equal active parameters with the least that the roof allows (…-dense.svg). The
-table goes to stdout. Needs the standard library alone.
+Several files must be of one machine; a picture shows the rows of all. For every shape, dtype and
+routing: time of a call against T with the roof of the machine (SHAPE-DTYPE-ROUTING-time.svg, from
+two T on), other libraries' time over moec's (…-ratio.svg), and moec over its own dense FFN of equal
+active parameters with the least that the roof allows (…-dense.svg). The table goes to stdout. Needs
+the standard library alone.
 """
 
 from __future__ import annotations
@@ -208,33 +209,44 @@ def table(rows) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, help="a file of benchmarks/results")
+    parser.add_argument("results", type=Path, nargs="+", help="files of benchmarks/results")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     options = parser.parse_args()
-    result = json.loads(options.result.read_text())
-    if result.get("kind") != "moec-benchmarks" or result.get("schema") != 1:
-        sys.exit(f"expected a result of run.py, schema 1, but got {options.result}")
+    results = [json.loads(path.read_text()) for path in options.results]
+    for path, result in zip(options.results, results, strict=True):
+        if result.get("kind") != "moec-benchmarks" or result.get("schema") != 1:
+            sys.exit(f"expected a result of run.py, schema 1, but got {path}")
+        for what, first, other in (
+            ("machine", results[0]["machine"]["cpu"], result["machine"]["cpu"]),
+            ("threads", results[0]["threads"], result["threads"]),
+        ):
+            if first != other:
+                sys.exit(f"{path}: expected the {what} of the first file, {first}, but got {other}")
+    result = results[0]
+    rows = [row for part in results for row in part["rows"]]
+    absent = [entry for part in results for entry in part["absent"]]
     options.out.mkdir(parents=True, exist_ok=True)
 
     def key(row):
         return row["shape"], row["dtype"], row["routing"]
 
-    for (shape, dtype, routing), group in groupby(sorted(result["rows"], key=key), key):
-        rows = list(group)
-        one = rows[0]
+    for (shape, dtype, routing), group in groupby(sorted(rows, key=key), key):
+        shown = list(group)
+        one = shown[0]
         name = f"{shape} {dtype} {routing}"
         sizes = (
             f"H {one['H']}, F {one['F']}, E {one['E']}, K {one['K']}, {result['threads']} threads"
         )
         title = f"{name}: {sizes}, {result['machine']['cpu']}, {result['date']}"
         stem = f"{shape}-{dtype}-{routing}"
-        time_picture(rows, title).save(options.out / f"{stem}-time.svg")
-        for kind, draw in (("ratio", ratio_picture), ("dense", dense_picture)):
-            picture = draw(rows, title)
+        several = len({row["tokens"] for row in shown}) > 1
+        pictures = [("time", time_picture)] if several else []
+        for kind, draw in [*pictures, ("ratio", ratio_picture), ("dense", dense_picture)]:
+            picture = draw(shown, title)
             if picture:
                 picture.save(options.out / f"{stem}-{kind}.svg")
-        print(f"### {name}\n\n{sizes}\n\n{table(rows)}\n")
-    for entry in result["absent"]:
+        print(f"### {name}\n\n{sizes}\n\n{table(shown)}\n")
+    for entry in absent:
         print(f"absent: {entry['peer']} ({entry['shape']}, {entry['dtype']}): {entry['why']}")
     return 0
 
