@@ -128,7 +128,9 @@ def run_pytest(build, result, report, arguments):
 
 def suite_pytest(build, result, reports):
     if (ROOT / "test/python").exists():
-        run_pytest(build, result, reports / "pytest.xml", ["test/python"])
+        # A process a core, a whole file to one of them: what a file compiles once serves its tests.
+        workers = ["-n", str(len(os.sched_getaffinity(0))), "--dist", "loadfile"]
+        run_pytest(build, result, reports / "pytest.xml", [*workers, "test/python"])
     else:
         result.broken("expected test/python, but got no such folder")
 

@@ -42,7 +42,7 @@ def pytest_addoption(parser):
 
 def pytest_generate_tests(metafunc):
     if "level" in metafunc.fixturenames:
-        metafunc.parametrize("level", LEVELS, scope="session")
+        metafunc.parametrize("level", LEVELS)
 
 
 def driver() -> str:
