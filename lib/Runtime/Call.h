@@ -1,4 +1,5 @@
-/* A call of moec_run on its way: shared by the general part (Context.c) and the targets. */
+/* A call of moec_run on its way: shared by the general part (CheckCall.c, Run.c) and the
+   targets. */
 #ifndef MOEC_RUNTIME_CALL_H
 #define MOEC_RUNTIME_CALL_H
 
@@ -71,5 +72,22 @@ struct moec_job {
   const tensors *t;
   const checking *check;
 };
+
+/* ---- sizes ---- */
+
+static inline int64_t moec_slots_of(const moec_layer_code *c) { return c->kind ? 1 : c->K; }
+
+/* Rows (token, slot) that a context has room for: a call with any k up to E fits at least one
+ * token.
+ */
+static inline int64_t moec_rows_of(const moec_layer_code *c, int64_t max_tokens) {
+  int64_t rows = max_tokens * moec_slots_of(c);
+  return !c->kind && rows < c->E ? c->E : rows;
+}
+
+/* ---- the call (CheckCall.c) ---- */
+
+/* Checks a call's struct and tensors and fills `t`; 0 or an error. */
+int moec_check_call(checking *k, const moec_layer_code *code, const moec_call *call, tensors *t);
 
 #endif

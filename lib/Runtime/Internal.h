@@ -70,7 +70,7 @@ int64_t moec_now_ns(void);
 void moec_futex_wait(_Atomic uint32_t *word, uint32_t value);
 void moec_futex_wake(_Atomic uint32_t *word, int32_t count);
 
-/* ---- model (Model.c) ---- */
+/* ---- model (Model.c, LayerWeights.c) ---- */
 
 typedef struct moec_job moec_job;
 
@@ -121,7 +121,7 @@ typedef struct moec_target {
   int (*status)(moec_context *, moec_error *);
 } moec_target;
 
-extern const moec_target moec_cpu_target;  /* Context.c */
+extern const moec_target moec_cpu_target;  /* CpuTarget.c */
 extern const moec_target moec_cuda_target; /* Cuda*.c */
 
 struct moec_model {
