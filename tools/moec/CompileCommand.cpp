@@ -99,11 +99,10 @@ static cl::opt<std::string> nameOption("name", cl::desc("Name of the library, a 
 static cl::opt<std::string>
     machineOption("machine", cl::desc("Compile for the machine of this file (moec doctor --save)"),
                   cl::value_desc("FILE"), cl::cat(category()), cl::sub(compileParser()));
-static cl::opt<int64_t> threadsOption("threads", cl::init(0),
-                                      cl::desc("Layers that are packed at a time (default 0: one "
-                                               "for every CPU that may be used)"),
-                                      cl::value_desc("N"), cl::cat(category()),
-                                      cl::sub(compileParser()));
+static cl::opt<int64_t> threadsOption(
+    "threads", cl::init(0),
+    cl::desc("Threads that pack weights (default 0: one for every CPU that may be used)"),
+    cl::value_desc("N"), cl::cat(category()), cl::sub(compileParser()));
 
 namespace {
 enum class Emit { Lib, Archive, Obj, Asm, LLVM, MLIR, Header };
@@ -271,7 +270,7 @@ static std::string planText(const ModelSpec &spec, const Request &request, bool 
   llvm::raw_string_ostream os(out);
   // The rates are those of a slow core and a plain disk: the plan should not be too rosy.
   uint64_t parts = codes.size() * request.pipeline.levels.size();
-  PackPlan plan(spec, request.threads);
+  PackPlan plan(spec.layers, request.threads);
   double compileSeconds = 1 + 1.0 * parts;
   double packSeconds = packs ? packed / 0.6e9 / plan.workers : 0;
   // As measured: the process with LLVM in it, the code of one layer at one level, and what is kept

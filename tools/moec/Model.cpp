@@ -12,12 +12,8 @@
 
 #include "moe/Export/Output.h"
 #include "moe/Runtime/Machine.h"
-#include "moe/Support/Parallel.h"
 
 #include "llvm/ADT/StringExtras.h"
-
-#include <atomic>
-#include <mutex>
 
 namespace moec::tool {
 
@@ -71,14 +67,6 @@ llvm::Expected<unsigned> parseThreads(int64_t value) {
   return value ? static_cast<unsigned>(value) : static_cast<unsigned>(moec_cpus_allowed());
 }
 
-PackPlan::PackPlan(const ModelSpec &spec, unsigned threads)
-    : workers(std::clamp<size_t>(threads, 1, std::max<size_t>(1, spec.layers.size()))),
-      blockBytes(std::clamp<uint64_t>((64u << 20) / workers, 1u << 20, packBlockBytes)), memory(0) {
-  for (const LayerSpec &layer : spec.layers)
-    memory = std::max(memory, packingBytes(layer, blockBytes));
-  memory *= workers;
-}
-
 llvm::Error packModel(const ModelSpec &spec, llvm::ArrayRef<std::array<uint8_t, 32>> ids,
                       llvm::function_ref<std::unique_ptr<WeightReader>()> makeReader,
                       llvm::StringRef folder, unsigned threads) {
@@ -89,36 +77,15 @@ llvm::Error packModel(const ModelSpec &spec, llvm::ArrayRef<std::array<uint8_t, 
     return makeError(ErrorCode::SPACE, "weights", sizeText(total) + " of free disk space",
                      sizeText(*room),
                      "free some space, choose another folder, or pack fewer layers");
-  PackPlan plan(spec, threads);
-  std::vector<std::unique_ptr<WeightReader>> readers;
-  for (unsigned i = 0; i < plan.workers; ++i)
-    readers.push_back(makeReader());
+  PackPlan plan(spec.layers, threads);
+  std::vector<std::unique_ptr<WeightReader>> readers(plan.workers);
+  for (std::unique_ptr<WeightReader> &reader : readers)
+    reader = makeReader();
   Progress progress("pack", total, "bytes");
-  std::mutex mutex; // of progress
-  std::atomic<bool> stop{false};
   PackProgress report;
-  report.advance = [&](uint64_t bytes) {
-    std::lock_guard<std::mutex> lock(mutex);
-    progress.advance(bytes);
-  };
-  report.stopped = [&] { return stop.load(); };
-  return parallelFor(
-      spec.layers.size(), plan.workers, [&](unsigned worker, size_t i) -> llvm::Error {
-        {
-          std::lock_guard<std::mutex> lock(mutex);
-          progress.label(spec.layers[i].name);
-        }
-        auto packed =
-            packLayer(spec.layers[i], *readers[worker], folder, ids[i], report, plan.blockBytes);
-        if (packed)
-          return llvm::Error::success();
-        // The first to fail has something to say; the others were stopped, or come too late.
-        llvm::Error error = packed.takeError();
-        if (!stop.exchange(true))
-          return error;
-        llvm::consumeError(std::move(error));
-        return llvm::Error::success();
-      });
+  report.advance = [&](uint64_t bytes) { progress.advance(bytes); };
+  report.layer = [&](llvm::StringRef name) { progress.label(name.str()); };
+  return packLayers(spec.layers, ids, plan, readers, folder, report);
 }
 
 std::string tableText(const std::vector<std::vector<std::string>> &rows) {

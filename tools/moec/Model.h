@@ -38,14 +38,6 @@ llvm::Expected<LoadedModel> loadModelWith(llvm::StringRef path, const WeightsCho
 /// --threads: 0 to 4095; 0 is one for every CPU that this process may use. E-ARGUMENT.
 llvm::Expected<unsigned> parseThreads(int64_t value);
 
-/// How `threads` threads pack a model: a layer each, in blocks that bound what all take together.
-struct PackPlan {
-  PackPlan(const ModelSpec &spec, unsigned threads);
-  unsigned workers;
-  uint64_t blockBytes;
-  uint64_t memory; ///< of all workers
-};
-
 /// Packs all layers of `spec` into `folder` with progress. `ids`: one for each layer; `makeReader`
 /// is called for every worker. Refuses before the first byte when the disk is too small (E-SPACE).
 llvm::Error packModel(const ModelSpec &spec, llvm::ArrayRef<std::array<uint8_t, 32>> ids,

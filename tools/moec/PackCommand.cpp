@@ -27,11 +27,10 @@ static cl::opt<std::string> output("o", cl::Required, cl::desc("Folder of packed
                                    cl::sub(packParser()));
 static cl::opt<bool> force("force", cl::desc("Replace an existing folder of packed weights"),
                            cl::cat(category()), cl::sub(packParser()));
-static cl::opt<int64_t> threadsOption("threads", cl::init(0),
-                                      cl::desc("Layers that are packed at a time (default 0: one "
-                                               "for every CPU that may be used)"),
-                                      cl::value_desc("N"), cl::cat(category()),
-                                      cl::sub(packParser()));
+static cl::opt<int64_t> threadsOption(
+    "threads", cl::init(0),
+    cl::desc("Threads that pack weights (default 0: one for every CPU that may be used)"),
+    cl::value_desc("N"), cl::cat(category()), cl::sub(packParser()));
 
 /// The layers of `manifest`, found by name in the checkpoint's own spec and compared with it.
 static llvm::Expected<ModelSpec> matchLayers(const Manifest &manifest, const ModelSpec &spec) {

@@ -5,9 +5,9 @@
 //
 //===----------------------------------------------------------------------===//
 //
-// One file a layer, `<layer>.safetensors`, written from its beginning to its
-// end while the source is read: a block of rows is read, packed, hashed and
-// written before the next one is touched.
+// One file a layer, `<layer>.safetensors`, written while the source is read: a
+// worker reads, packs, hashes and writes a block of rows before it takes the
+// next one.
 //
 //===----------------------------------------------------------------------===//
 
@@ -34,7 +34,7 @@ struct WeightRows {
   std::string tensor;
 };
 
-/// Where weights come from. Rows are asked for in order.
+/// Where weights come from. One thread at a time asks, for rows in order but not for all of them.
 class WeightReader {
 public:
   virtual ~WeightReader();
@@ -65,40 +65,34 @@ std::unique_ptr<WeightReader> randomWeights(uint64_t seed);
 /// Weights of a checkpoint, whose tensors were checked (Checkpoint::checkWeight).
 std::unique_ptr<WeightReader> checkpointWeights(const Checkpoint &checkpoint);
 
-/// What packing reports while it works.
+/// What packing reports while it works; called by one thread at a time.
 struct PackProgress {
   /// Called with packed bytes since the last call.
   std::function<void(uint64_t bytes)> advance = [](uint64_t) {};
-  /// Asked between blocks: packing that is not wanted any more ends with an error of no interest.
-  std::function<bool()> stopped = [] { return false; };
+  /// Called with the name of a layer that is begun.
+  std::function<void(llvm::StringRef name)> layer = [](llvm::StringRef) {};
 };
 
-/// Bytes of packed panels that packLayer holds at a time.
-constexpr uint64_t packBlockBytes = 16u << 20;
-/// Anonymous memory that packLayer takes at most: a block and the rows that it is made of.
-uint64_t packingBytes(const LayerSpec &layer, uint64_t blockBytes = packBlockBytes);
-
-/// One tensor of a packed file, as written.
-struct PackedTensor {
-  std::string role, format;
-  uint64_t offset = 0, bytes = 0, hash = 0;
+/// What packing of some layers takes on at most `threads` threads.
+struct PackPlan {
+  PackPlan(llvm::ArrayRef<LayerSpec> layers, unsigned threads);
+  unsigned workers;         ///< threads that find something to do
+  uint64_t transposedBytes; ///< of a block of a transposed weight
+  uint64_t memory;          ///< anonymous memory of all workers, at most
 };
 
-/// `id` is the layer's identity (layerId). Packs one layer into `folder`/<layer>.safetensors (it
-/// must not exist) with packingBytes() of memory. The bytes do not depend on `blockBytes`.
-/// E-NONFINITE names tensor and element; E-SPACE, E-IO; a failed file is the caller's to remove (it
-/// stages). Layers can be packed at the same time, each with a reader of its own.
-llvm::Expected<std::vector<PackedTensor>> packLayer(const LayerSpec &layer, WeightReader &reader,
-                                                    llvm::StringRef folder,
-                                                    const std::array<uint8_t, 32> &id,
-                                                    const PackProgress &progress = {},
-                                                    uint64_t blockBytes = packBlockBytes);
+/// Packs layers, each into `folder`/<layer>.safetensors (which must not exist), with a reader
+/// for each worker of the plan, which was made for these layers. Blocks are claimed in the order of
+/// the files, so that one layer keeps all workers busy and few files are open. `ids` are the
+/// layers' identities (layerId). The bytes do not depend on the number of workers. E-NONFINITE
+/// names tensor and element; E-SPACE, E-IO. A failed file is the caller's to remove (it stages).
+llvm::Error packLayers(llvm::ArrayRef<LayerSpec> layers,
+                       llvm::ArrayRef<std::array<uint8_t, 32>> ids, const PackPlan &plan,
+                       llvm::ArrayRef<std::unique_ptr<WeightReader>> readers,
+                       llvm::StringRef folder, const PackProgress &progress = {});
 
 /// Bytes of the packed file of a layer.
 uint64_t packedFileBytes(const LayerSpec &layer);
-
-/// Rows in a block of about `bytes` bytes of packed panels, a multiple of a panel's rows.
-int64_t rowsPerBlock(const WeightSpec &weight, uint64_t bytes);
 
 /// The tensor that holds `part` of `expert`: its name and where the elements lie in it.
 struct TensorSlice {
@@ -109,6 +103,12 @@ struct TensorSlice {
   std::vector<int64_t> shape;
 };
 TensorSlice locate(const LayerSpec &layer, const WeightSpec &weight, int64_t expert, int64_t part);
+
+/// One tensor of a packed file.
+struct PackedTensor {
+  std::string role, format;
+  uint64_t offset = 0, bytes = 0, hash = 0;
+};
 
 /// One packed file as it was found.
 struct PackedFile {
