@@ -100,6 +100,16 @@ typedef struct moec_gpu_launch {
   void *const *arguments; /* 40 */
 } moec_gpu_launch;
 
+/* A view of bf16 in global memory, of which the TMA unit copies boxes. Dimensions from the
+   innermost on; a box may reach beyond the sizes, where it is zero. */
+typedef struct moec_gpu_map {
+  const void *base;      /*   0: 16-byte aligned */
+  uint64_t sizes[5];     /*   8: elements */
+  uint64_t strides[4];   /*  48: bytes between neighbours in dimensions 1 to 4, multiples of 16 */
+  uint32_t box[5];       /*  80: elements */
+  int32_t rank, swizzle; /* 100: 1 to 5; 104: bytes, 0, 32, 64 or 128 */
+} moec_gpu_map;
+
 /* Where launches go: the driver, or the executor of the tests. A failure is remembered by `self`:
    generated code has nothing to decide after one. */
 typedef struct moec_gpu_launcher {

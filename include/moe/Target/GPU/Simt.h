@@ -10,7 +10,11 @@
 // choice, as far as they can; shared memory begins as NaN; an asynchronous copy lands as late (or
 // as early) as it may. What the programming model forbids stops the launch with a sentence:
 //
-//   * races in shared memory, within one stretch between barriers, and with copies in flight;
+//   * races in shared memory: accesses without a barrier, mbarrier or warp that synchronises
+//     between them, with copies and boxes in flight, with operands of a wgmma in flight;
+//   * a fence to the asynchronous proxy (or of an mbarrier's initialisation) that is missing;
+//     accumulators that are read before their wgmma was waited for; boxes and descriptors that the
+//     hardware would not take;
 //   * accesses outside of the buffers that the machine was told of, misaligned ones, reads of
 //     bytes that nobody wrote; bytes that blocks of one launch exchange;
 //   * lanes of a warp at different collectives; barriers that not all threads reach; threads that
@@ -41,12 +45,13 @@ struct Options {
   Order order = Order::Forward;
   uint64_t seed = 0;         ///< of Order::Shuffled
   bool earlyCopies = false;  ///< copies land when they are ordered, not when they are waited for
-  size_t maxShared = 163840; ///< bytes of shared memory that a block can have
+  size_t maxShared = 163840; ///< bytes of shared memory that a block can have: 232448 on sm_90
 };
 
 /// What was run, for tests that must not pass because nothing ran.
 struct Statistics {
   uint64_t launches = 0, blocks = 0, barriers = 0, collectives = 0, copies = 0, products = 0;
+  uint64_t boxes = 0, wgmmas = 0;
 };
 
 class Machine {
@@ -71,6 +76,10 @@ public:
 private:
   std::unique_ptr<Impl> impl;
 };
+
+/// Fills the 128 bytes of a tensor map, which only this machine understands; empty, or what the
+/// driver would refuse it for.
+std::string encodeTensorMap(const moec_gpu_map &view, void *map);
 
 /// Names and addresses of the functions that generated code calls.
 const std::vector<std::pair<const char *, void *>> &simtSymbols();

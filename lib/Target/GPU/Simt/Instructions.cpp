@@ -13,186 +13,81 @@
 using namespace mlir::moe::simt;
 using Impl = Machine::Impl;
 
-static float fromBF16(uint16_t bits) {
-  uint32_t word = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
-
-//===----------------------------------------------------------------------===//
-// Memory
-//===----------------------------------------------------------------------===//
-
-void Impl::checkShared(const char *site, uint64_t address, uint32_t bytes, bool writes) {
-  const char *verb = writes ? "write" : "read";
-  if (address < sharedBegin || address + bytes > sharedBegin + sharedBytes) {
-    fail("%s: %s: expected a %s within %llu bytes of shared memory, but got %u bytes at offset "
-         "%lld",
-         threadName(running).c_str(), site, verb, (unsigned long long)sharedBytes, bytes,
-         (long long)(address - sharedBegin));
-    return;
-  }
-  uint16_t self = uint16_t(running + 1);
-  auto race = [&](const char *what, int other) {
-    fail("%s: %s: race: %s of shared memory at offset %llu, which %s %s since the last barrier",
-         threadName(running).c_str(), site, verb, (unsigned long long)(address - sharedBegin),
-         threadName(other - 1).c_str(), what);
-  };
-  for (uint64_t i = address - sharedBegin, end = i + bytes; i < end; ++i) {
-    SharedShadow &shadow = sharedShadow[i];
-    if (shadow.pending)
-      return fail("%s: %s: race: %s of shared memory at offset %llu, which a copy in flight of %s "
-                  "writes; expected a wait for it first",
-                  threadName(running).c_str(), site, verb, (unsigned long long)i,
-                  threadName(shadow.pending - 1).c_str());
-    if (shadow.writeEpoch == epoch && shadow.writer != self)
-      return race("wrote", shadow.writer);
-    if (writes) {
-      if (shadow.readEpoch == epoch && (shadow.reader != self || shadow.manyReaders))
-        return race("read", shadow.reader);
-      shadow.writeEpoch = epoch;
-      shadow.writer = self;
-    } else {
-      shadow.manyReaders = shadow.readEpoch == epoch &&
-                           (shadow.manyReaders || (shadow.reader && shadow.reader != self));
-      shadow.readEpoch = epoch;
-      shadow.reader = self;
-    }
-  }
-}
-
-void Impl::checkGlobal(const char *site, uint64_t address, uint32_t bytes, bool writes) {
-  const char *verb = writes ? "write" : "read";
-  for (Region &region : regions) {
-    if (address < region.begin || address >= region.begin + region.bytes)
-      continue;
-    uint64_t offset = address - region.begin;
-    if (offset + bytes > region.bytes)
-      break;
-    if (writes && region.readOnly)
-      return fail("%s: %s: expected `%s` to be read only, but got a write at byte %llu",
-                  threadName(running).c_str(), site, region.name.c_str(),
-                  (unsigned long long)offset);
-    if (region.readOnly)
-      return;
-    for (uint64_t i = offset; i < offset + bytes; ++i) {
-      GlobalShadow &shadow = region.shadow[i];
-      if (!writes && !shadow.written)
-        return fail("%s: %s: expected bytes that were written, but got a read of byte %llu of "
-                    "`%s`, which nobody wrote",
-                    threadName(running).c_str(), site, (unsigned long long)i, region.name.c_str());
-      if (shadow.writeLaunch == launchNumber && shadow.writeBlock != blockNumber)
-        return fail("%s: %s: race: %s of byte %llu of `%s`, which another block of this launch "
-                    "wrote",
-                    threadName(running).c_str(), site, verb, (unsigned long long)i,
-                    region.name.c_str());
-      if (writes) {
-        shadow.written = true;
-        shadow.writeLaunch = launchNumber;
-        shadow.writeBlock = blockNumber;
-      }
-    }
-    return;
-  }
-  fail("%s: %s: expected a %s within a buffer, but got %u bytes at %#llx, which is in none",
-       threadName(running).c_str(), site, verb, bytes, (unsigned long long)address);
-}
-
-void Impl::orderCopy(const char *site, PendingCopy copy) {
-  if (copy.bytes > copy.size)
-    return fail("%s: %s: expected to copy at most %u bytes, but got %u",
-                threadName(running).c_str(), site, copy.size, copy.bytes);
-  if (copy.to % copy.size || (copy.bytes && copy.from % copy.size))
-    return fail("%s: %s: expected addresses aligned to %u bytes, but got %#llx and %#llx",
-                threadName(running).c_str(), site, copy.size, (unsigned long long)copy.to,
-                (unsigned long long)copy.from);
-  if (copy.bytes)
-    checkGlobal(site, copy.from, copy.bytes, false);
-  // From here on it may land at any time: a write by this thread, and nobody else's business.
-  checkShared(site, copy.to, copy.size, true);
-  ++statistics.copies;
-  if (options.earlyCopies)
-    return land(running, copy);
-  for (uint32_t i = 0; i < copy.size; ++i)
-    sharedShadow[copy.to - sharedBegin + i].pending = uint16_t(running + 1);
-  threads[running].open.push_back(copy);
-}
-
-void Impl::land(int thread, const PendingCopy &copy) {
-  auto *to = reinterpret_cast<unsigned char *>(copy.to);
-  std::memcpy(to, reinterpret_cast<const void *>(copy.from), copy.bytes);
-  std::memset(to + copy.bytes, 0, copy.size - copy.bytes);
-  for (uint32_t i = 0; i < copy.size; ++i) {
-    SharedShadow &shadow = sharedShadow[copy.to - sharedBegin + i];
-    shadow.pending = 0;
-    shadow.writeEpoch = epoch;
-    shadow.writer = uint16_t(thread + 1);
-  }
-}
-
-/// A thread that ends leaves its copies to land when they like.
-void Impl::dropCopies(int thread) {
-  Thread &self = threads[thread];
-  for (auto &group : self.groups)
-    for (const PendingCopy &copy : group)
-      land(thread, copy);
-  for (const PendingCopy &copy : self.open)
-    land(thread, copy);
-}
-
 //===----------------------------------------------------------------------===//
 // Synchronisation
 //===----------------------------------------------------------------------===//
 
-void Impl::barrier(const char *site) {
-  int waiting = 0, ended = 0;
-  for (const Thread &thread : threads) {
-    waiting += thread.state == State::AtBarrier;
+/// bar.sync (waits) and bar.arrive of one of sixteen barriers; `count` 0 is the whole block.
+void Impl::barrier(const char *site, uint32_t number, uint32_t count, bool waits) {
+  if (number > 15)
+    return failAt(site, "expected a barrier from 0 to 15, but got %u", number);
+  Barrier &barrier = barriers[number];
+  uint32_t ended = 0, all = uint32_t(threads.size());
+  for (const Thread &thread : threads)
     ended += thread.state == State::Done;
-  }
-  if (ended)
-    return fail("%s: %s: expected all threads at the barrier, but got %d that have ended",
-                threadName(running).c_str(), site, ended);
-  if (waiting && barrierSite != site)
+  uint32_t wanted = count ? count : all;
+  if (wanted % 32 || wanted > all)
+    return failAt(site, "expected a barrier of whole warps, at most %u threads, but got %u", all,
+                  wanted);
+  if (ended > all - wanted)
+    return failAt(site, "expected %s at the barrier, but got %u that have ended",
+                  count ? (std::to_string(wanted) + " threads").c_str() : "all threads", ended);
+  if (barrier.arrived && barrier.count != count)
+    return failAt(site,
+                  "expected one number of threads at barrier %u, but got %u here and %u at "
+                  "%s",
+                  number, count, barrier.count, barrier.site);
+  if (barrier.arrived && !count && barrier.site != site)
     return fail("%s: expected all threads at one barrier, but got it at %s and others at %s",
-                threadName(running).c_str(), site, barrierSite);
-  barrierSite = site;
-  if (waiting + 1 < int(threads.size()))
-    return pause(State::AtBarrier, site);
+                threadName(running).c_str(), site, barrier.site);
+  barrier.site = site;
+  barrier.count = count;
+  // Only a part of the block needs to know who was there.
+  if (count)
+    release(running, barrier.clock);
+  Thread &self = threads[running];
+  self.barrier = number;
+  if (++barrier.arrived < wanted) {
+    if (waits)
+      pause(State::AtBarrier, site);
+    return;
+  }
   ++statistics.barriers;
-  ++epoch;
-  for (Thread &thread : threads)
-    thread.state = State::Ready;
+  if (!count)
+    meetAll();
+  for (int i = 0; i < int(all); ++i)
+    if (i == running ? waits
+                     : threads[i].state == State::AtBarrier && threads[i].barrier == number) {
+      threads[i].state = State::Ready;
+      if (count)
+        acquire(i, barrier.clock);
+    }
+  barrier = Barrier();
 }
 
-template <typename Fn> Warp &Impl::collective(const char *site, uint32_t mask, Fn finish) {
-  int w = running / 32, lane = running % 32;
-  Warp &warp = warps[w];
-  if (!(mask >> lane & 1))
-    fail("%s: %s: expected the lane in the mask of the collective, but got mask %#x",
-         threadName(running).c_str(), site, mask);
-  if (warp.arrived && (warp.site != site || warp.mask != mask))
-    fail("%s: expected all lanes of a warp at one collective, but got it at %s and others at %s",
-         threadName(running).c_str(), site, warp.site);
-  for (int i = 0; i < 32; ++i)
-    if (mask >> i & 1 && threads[w * 32 + i].state == State::Done)
-      fail("%s: %s: expected all lanes of the mask, but got lane %d ended",
-           threadName(running).c_str(), site, i);
-  warp.site = site;
-  warp.mask = mask;
-  warp.arrived |= 1u << lane;
-  if (warp.arrived != mask) {
-    pause(State::AtCollective, site);
-    return warp;
-  }
-  ++statistics.collectives;
-  finish(warp);
-  warp.arrived = 0;
-  for (int i = 0; i < 32; ++i)
-    if (mask >> i & 1)
-      threads[w * 32 + i].state = State::Ready;
-  return warp;
+/// setmaxnreg: registers come from what the block was started with, and are waited for.
+void Impl::setRegisters(const char *site, uint32_t count, bool increase, uint32_t atLaunch) {
+  int w = running / 32;
+  if (count % 8 || count < 24 || count > 256)
+    return failAt(site, "expected 24 to 256 registers in steps of 8, but got %u", count);
+  registerBudget = atLaunch * uint32_t(warps.size());
+  auto taken = [&] {
+    uint32_t sum = 0;
+    for (int i = 0; i < int(warps.size()); ++i)
+      if (i != w)
+        sum += warps[i].registers ? warps[i].registers : atLaunch;
+    return sum;
+  };
+  uint32_t before = warps[w].registers ? warps[w].registers : atLaunch;
+  if (increase ? count < before : count > before)
+    return failAt(site, "expected setmaxnreg to %s, but got %u after %u",
+                  increase ? "increase" : "decrease", count, before);
+  while (taken() + count > registerBudget)
+    pause(State::AtRegisters, site);
+  collective(site, 0xffffffffu, [&](Warp &warp) { warp.registers = count; });
+  for (Thread &thread : threads)
+    if (thread.state == State::AtRegisters)
+      thread.state = State::Ready;
 }
 
 //===----------------------------------------------------------------------===//
@@ -207,8 +102,10 @@ static int32_t simtRegister(int32_t which) {
     return current->running;
   case 1:
     return int32_t(current->blockX);
-  default:
+  case 2:
     return int32_t(current->blockY);
+  default:
+    return int32_t(current->gridX);
   }
 }
 
@@ -234,10 +131,39 @@ static uint16_t simtRoundBF16(float value) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-static void simtBarrier(const char *site) { current->barrier(site); }
+static void simtBarrier(const char *site, int32_t number, int32_t count, int32_t waits) {
+  current->barrier(site, uint32_t(number), uint32_t(count), waits);
+}
 
 static void simtSyncWarp(const char *site, int32_t mask) {
-  current->collective(site, uint32_t(mask), [](Warp &) {});
+  Impl &m = *current;
+  m.collective(site, uint32_t(mask), [&](Warp &) {
+    Clock clock;
+    int first = m.running / 32 * 32;
+    for (int lane = 0; lane < 32; ++lane)
+      if (uint32_t(mask) >> lane & 1)
+        m.release(first + lane, clock);
+    for (int lane = 0; lane < 32; ++lane)
+      if (uint32_t(mask) >> lane & 1)
+        m.acquire(first + lane, clock);
+  });
+}
+
+/// One lane of the mask, which is nowhere said, but always the same.
+static int32_t simtElect(const char *site, int32_t mask) {
+  Impl &m = *current;
+  Warp &warp = m.warps[m.running / 32];
+  m.collective(site, uint32_t(mask), [&](Warp &warp) {
+    int lane = m.options.order == Order::Forward ? __builtin_ctz(uint32_t(mask))
+                                                 : 31 - __builtin_clz(uint32_t(mask));
+    for (auto &out : warp.out)
+      out[0] = uint32_t(lane);
+  });
+  return int32_t(warp.out[m.running % 32][0]) == m.running % 32;
+}
+
+static void simtRegisters(const char *site, int32_t count, int32_t increase, int32_t atLaunch) {
+  current->setRegisters(site, uint32_t(count), increase, uint32_t(atLaunch));
 }
 
 static int32_t simtShuffle(const char *site, int32_t kind, int32_t mask, int32_t value,
@@ -403,10 +329,10 @@ static void simtMma(const char *site, uint32_t *words) {
       for (int i = 0; i < 4; ++i)
         for (int j = 0; j < 2; ++j)
           a[group + 8 * (i % 2)][2 * quad + j + 8 * (i / 2)] =
-              fromBF16(uint16_t(warp.in[lane][i] >> 16 * j));
+              bf16ToFloat(uint16_t(warp.in[lane][i] >> 16 * j));
       for (int i = 0; i < 2; ++i)
         for (int j = 0; j < 2; ++j)
-          b[2 * quad + j + 8 * i][group] = fromBF16(uint16_t(warp.in[lane][4 + i] >> 16 * j));
+          b[2 * quad + j + 8 * i][group] = bf16ToFloat(uint16_t(warp.in[lane][4 + i] >> 16 * j));
     }
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < 4; ++i) {
@@ -442,19 +368,83 @@ static void simtWait(int32_t pending) {
     self.groups.pop_front();
   }
 }
+
+static void simtMBarrierInit(const char *site, uint64_t address, int32_t count) {
+  current->initMBarrier(site, address, uint32_t(count));
+}
+
+static void simtMBarrierArrive(const char *site, uint64_t address, int32_t count, int32_t bytes) {
+  current->arrive(site, address, uint32_t(count), bytes);
+}
+
+static void simtMBarrierExpect(const char *site, uint64_t address, int32_t bytes) {
+  current->expectBytes(site, address, bytes);
+}
+
+static void simtMBarrierWait(const char *site, uint64_t address, int32_t parity) {
+  current->waitParity(site, address, uint32_t(parity));
+}
+
+static void simtCopyArrive(const char *site, uint64_t address, int32_t counts) {
+  current->arriveAfterCopies(site, address, counts);
+}
+
+static void simtBox(const char *site, uint64_t to, const void *map, int32_t rank,
+                    const int32_t *coordinates, uint64_t barrier) {
+  current->orderBox(site, to, map, rank, coordinates, barrier);
+}
+
+static void simtFenceProxy() { current->fenceProxy(current->running); }
+
+static void simtWgmma(const char *site, int32_t flags, int32_t n, uint64_t a, uint64_t b,
+                      uint32_t *words) {
+  current->issueWgmma(site, flags, n, a, b, words);
+}
+
+static void simtWgmmaFence(const char *site) {
+  current->collective(site, 0xffffffffu, [](Warp &warp) { warp.fenced = true; });
+}
+
+static void simtWgmmaCommit(const char *site) { current->commitWgmma(site); }
+static void simtWgmmaWait(const char *site, int32_t pending) { current->waitWgmma(site, pending); }
+
+static void simtWgmmaRead(const char *site, int32_t count, uint32_t *words) {
+  current->readSums(site, count, words);
+}
 }
 
 const std::vector<std::pair<const char *, void *>> &mlir::moe::simt::simtSymbols() {
   auto address = [](auto *function) { return reinterpret_cast<void *>(function); };
   static const std::vector<std::pair<const char *, void *>> symbols = {
-      {"moe_simt_register", address(simtRegister)}, {"moe_simt_shared", address(simtShared)},
-      {"moe_simt_access", address(simtAccess)},     {"moe_simt_round_bf16", address(simtRoundBF16)},
-      {"moe_simt_barrier", address(simtBarrier)},   {"moe_simt_syncwarp", address(simtSyncWarp)},
-      {"moe_simt_shuffle", address(simtShuffle)},   {"moe_simt_vote", address(simtVote)},
-      {"moe_simt_redux", address(simtRedux)},       {"moe_simt_match", address(simtMatch)},
-      {"moe_simt_ldmatrix", address(simtLdMatrix)}, {"moe_simt_mma", address(simtMma)},
-      {"moe_simt_copy", address(simtCopy)},         {"moe_simt_commit", address(simtCommit)},
+      {"moe_simt_register", address(simtRegister)},
+      {"moe_simt_shared", address(simtShared)},
+      {"moe_simt_access", address(simtAccess)},
+      {"moe_simt_round_bf16", address(simtRoundBF16)},
+      {"moe_simt_barrier", address(simtBarrier)},
+      {"moe_simt_syncwarp", address(simtSyncWarp)},
+      {"moe_simt_shuffle", address(simtShuffle)},
+      {"moe_simt_vote", address(simtVote)},
+      {"moe_simt_redux", address(simtRedux)},
+      {"moe_simt_match", address(simtMatch)},
+      {"moe_simt_ldmatrix", address(simtLdMatrix)},
+      {"moe_simt_mma", address(simtMma)},
+      {"moe_simt_copy", address(simtCopy)},
+      {"moe_simt_commit", address(simtCommit)},
       {"moe_simt_wait", address(simtWait)},
+      {"moe_simt_elect", address(simtElect)},
+      {"moe_simt_registers", address(simtRegisters)},
+      {"moe_simt_mbarrier_init", address(simtMBarrierInit)},
+      {"moe_simt_mbarrier_arrive", address(simtMBarrierArrive)},
+      {"moe_simt_mbarrier_expect", address(simtMBarrierExpect)},
+      {"moe_simt_mbarrier_wait", address(simtMBarrierWait)},
+      {"moe_simt_copy_arrive", address(simtCopyArrive)},
+      {"moe_simt_box", address(simtBox)},
+      {"moe_simt_fence_proxy", address(simtFenceProxy)},
+      {"moe_simt_wgmma", address(simtWgmma)},
+      {"moe_simt_wgmma_fence", address(simtWgmmaFence)},
+      {"moe_simt_wgmma_commit", address(simtWgmmaCommit)},
+      {"moe_simt_wgmma_wait", address(simtWgmmaWait)},
+      {"moe_simt_wgmma_read", address(simtWgmmaRead)},
   };
   return symbols;
 }

@@ -5,6 +5,7 @@
 //
 //===----------------------------------------------------------------------===//
 
+#include "../Kernels/WgmmaAsm.h"
 #include "moe/Target/GPU/Passes.h"
 
 #include "mlir/Dialect/GPU/IR/GPUDialect.h"
@@ -24,7 +25,10 @@ using namespace mlir::moe;
 
 namespace {
 
-/// Rewrites one kernel. Values that do not fit a register pass through a scratch of 16 words.
+/// Words through which values pass that do not fit a register: the sums of wgmma and its operand.
+constexpr int64_t kScratchWords = 128 + 4;
+
+/// Rewrites one kernel.
 class KernelRewriter {
 public:
   KernelRewriter(LLVM::LLVMFuncOp kernel, ModuleOp module)
@@ -50,6 +54,19 @@ private:
   /// Replaces `op`, whose result is a struct of words (or one), by the words of the scratch.
   void replaceWithScratch(Operation *op, int64_t first);
   LogicalResult rewrite(Operation *op);
+  LogicalResult rewriteWgmma(NVVM::WgmmaMmaAsyncOp op);
+  LogicalResult rewriteAssembly(LLVM::InlineAsmOp op);
+  LogicalResult rewriteBox(NVVM::CpAsyncBulkTensorGlobalToSharedClusterOp op);
+  LogicalResult refuse(Operation *op, const char *expected) {
+    return op->emitOpError("expected ") << expected
+                                        << ", but got another, which the executor does "
+                                           "not know";
+  }
+  /// Whether there is a predicate, a result or a scope that the executor does not know.
+  template <typename Op> bool plain(Op op) {
+    return op.getScope() == NVVM::MemScopeKind::CTA && !op->getNumResults();
+  }
+  template <typename Op> bool unpredicated(Op op) { return !op.getPredicate(); }
 
   LLVM::LLVMFuncOp kernel;
   ModuleOp module;
@@ -120,10 +137,71 @@ void KernelRewriter::replaceWithScratch(Operation *op, int64_t first) {
   op->erase();
 }
 
+LogicalResult KernelRewriter::rewriteWgmma(NVVM::WgmmaMmaAsyncOp op) {
+  auto shape = op.getShape();
+  auto sums = cast<LLVM::LLVMStructType>(op.getInouts().getType());
+  if (shape.getM() != 64 || shape.getK() != 16 || op.getTypeA() != NVVM::WGMMATypes::bf16 ||
+      op.getTypeB() != NVVM::WGMMATypes::bf16 || op.getTypeD() != NVVM::WGMMATypes::f32 ||
+      op.getScaleA() != NVVM::WGMMAScaleIn::one || op.getScaleB() != NVVM::WGMMAScaleIn::one ||
+      int64_t(sums.getBody().size()) * 2 != shape.getN())
+    return refuse(op, "wgmma m64nNk16 of bf16 to f32");
+  for (int64_t i = 0; i < shape.getN() / 2; ++i)
+    LLVM::StoreOp::create(
+        b, loc, LLVM::ExtractValueOp::create(b, loc, op.getInouts(), ArrayRef<int64_t>{i}),
+        word(i));
+  int32_t flags = (op.getLayoutA() == NVVM::MMALayout::col ? 2 : 0) |
+                  (op.getLayoutB() == NVVM::MMALayout::row ? 4 : 0) |
+                  (op.getScaleD() == NVVM::WGMMAScaleOut::zero ? 8 : 0);
+  call(
+      "moe_simt_wgmma", none(),
+      {site(op), c32(flags), c32(shape.getN()), op.getDescriptorA(), op.getDescriptorB(), scratch});
+  replaceWithScratch(op, 0);
+  return success();
+}
+
+LogicalResult KernelRewriter::rewriteAssembly(LLVM::InlineAsmOp op) {
+  if (int64_t n = wgmmaColumns(op)) {
+    // 4 words of A, the descriptor, the sums.
+    for (int64_t i = 0; i < n / 2; ++i)
+      LLVM::StoreOp::create(b, loc, op->getOperand(5 + i), word(i));
+    for (int64_t i = 0; i < 4; ++i)
+      LLVM::StoreOp::create(b, loc, op->getOperand(i), word(n / 2 + i));
+    Value zero = LLVM::ConstantOp::create(b, loc, i64(), 0);
+    call("moe_simt_wgmma", none(), {site(op), c32(1), c32(n), zero, op->getOperand(4), scratch});
+    replaceWithScratch(op, 0);
+    return success();
+  }
+  if (!isReadSums(op))
+    return refuse(op, "wgmma as assembly");
+  int64_t count = op->getNumOperands();
+  for (int64_t i = 0; i < count; ++i)
+    LLVM::StoreOp::create(b, loc, op->getOperand(i), word(i));
+  call("moe_simt_wgmma_read", none(), {site(op), c32(count), scratch});
+  replaceWithScratch(op, 0);
+  return success();
+}
+
+LogicalResult KernelRewriter::rewriteBox(NVVM::CpAsyncBulkTensorGlobalToSharedClusterOp op) {
+  if (op.getMode() != NVVM::TMALoadMode::TILE || op.getMulticastMask() || op.getPredicate() ||
+      op.getGroup() || !op.getIm2colOffsets().empty())
+    return refuse(op, "a tiled box of this block");
+  for (auto [i, coordinate] : llvm::enumerate(op.getCoordinates()))
+    LLVM::StoreOp::create(b, loc, coordinate, word(i));
+  call("moe_simt_box", none(),
+       {site(op), address(op.getDstMem()), op.getTmaDescriptor(),
+        c32(int64_t(op.getCoordinates().size())), scratch, address(op.getMbar())});
+  op->erase();
+  return success();
+}
+
 LogicalResult KernelRewriter::rewrite(Operation *op) {
   b.setInsertionPoint(op);
   auto replace = [&](Value v) {
     op->getResult(0).replaceAllUsesWith(v);
+    op->erase();
+    return success();
+  };
+  auto erase = [&] {
     op->erase();
     return success();
   };
@@ -158,14 +236,102 @@ LogicalResult KernelRewriter::rewrite(Operation *op) {
       .Case([&](NVVM::ThreadIdXOp) { return reg(0); })
       .Case([&](NVVM::BlockIdXOp) { return reg(1); })
       .Case([&](NVVM::BlockIdYOp) { return reg(2); })
+      .Case([&](NVVM::GridDimXOp) { return reg(3); })
       .Case([&](NVVM::BarrierOp barrier) {
-        if (barrier->getNumOperands() || barrier->getNumResults())
-          return LogicalResult(op->emitOpError("expected a barrier of the whole block, but got "
-                                               "another, which the executor does not know"));
-        call("moe_simt_barrier", none(), {site(op)});
-        op->erase();
-        return success();
+        if (barrier.getReductionOp() || barrier->getNumResults())
+          return refuse(op, "a barrier without a reduction");
+        Value number = barrier.getBarrierId(), count = barrier.getNumberOfThreads();
+        call("moe_simt_barrier", none(),
+             {site(op), number ? number : c32(0), count ? count : c32(0), c32(1)});
+        return erase();
       })
+      .Case([&](NVVM::BarrierArriveOp barrier) {
+        Value number = barrier.getBarrierId();
+        call("moe_simt_barrier", none(),
+             {site(op), number ? number : c32(0), barrier.getNumberOfThreads(), c32(0)});
+        return erase();
+      })
+      .Case([&](NVVM::ElectSyncOp elect) {
+        Value mask = elect.getMembermask() ? elect.getMembermask() : c32(-1);
+        Value v = call("moe_simt_elect", i32(), {site(op), mask});
+        return replace(LLVM::TruncOp::create(b, loc, i1(), v));
+      })
+      .Case([&](NVVM::SetMaxRegisterOp set) {
+        auto atLaunch = kernel->getAttrOfType<IntegerAttr>(NVVM::NVVMDialect::getMaxnregAttrName());
+        if (!atLaunch)
+          return LogicalResult(
+              op->emitOpError("expected a kernel with nvvm.maxnreg, but got none"));
+        call("moe_simt_registers", none(),
+             {site(op), c32(set.getRegCount()),
+              c32(set.getAction() == NVVM::SetMaxRegisterAction::increase),
+              c32(atLaunch.getInt())});
+        return erase();
+      })
+      .Case([&](NVVM::MBarrierInitOp init) {
+        if (!unpredicated(init))
+          return refuse(op, "an mbarrier.init without predicate");
+        call("moe_simt_mbarrier_init", none(),
+             {site(op), address(init.getAddr()), init.getCount()});
+        return erase();
+      })
+      .Case([&](NVVM::MBarrierArriveOp arrive) {
+        if (!plain(arrive) || arrive.getRelaxed())
+          return refuse(op, "an arrival of this block without a result");
+        Value count = arrive.getCount() ? arrive.getCount() : c32(1);
+        call("moe_simt_mbarrier_arrive", none(),
+             {site(op), address(arrive.getAddr()), count, c32(0)});
+        return erase();
+      })
+      .Case([&](NVVM::MBarrierArriveExpectTxOp arrive) {
+        if (!plain(arrive) || arrive.getRelaxed() || !unpredicated(arrive))
+          return refuse(op, "an arrival of this block without a result");
+        call("moe_simt_mbarrier_arrive", none(),
+             {site(op), address(arrive.getAddr()), c32(1), arrive.getTxcount()});
+        return erase();
+      })
+      .Case([&](NVVM::MBarrierExpectTxOp expect) {
+        if (expect.getScope() != NVVM::MemScopeKind::CTA)
+          return refuse(op, "expect_tx in this block");
+        call("moe_simt_mbarrier_expect", none(),
+             {site(op), address(expect.getAddr()), expect.getTxcount()});
+        return erase();
+      })
+      .Case([&](NVVM::MBarrierTryWaitParityOp wait) {
+        call("moe_simt_mbarrier_wait", none(),
+             {site(op), address(wait.getAddr()), wait.getPhase()});
+        return erase();
+      })
+      .Case([&](NVVM::CpAsyncMBarrierArriveOp arrive) {
+        call("moe_simt_copy_arrive", none(),
+             {site(op), address(arrive.getAddr()), c32(!arrive.getNoinc())});
+        return erase();
+      })
+      .Case([&](NVVM::CpAsyncBulkTensorGlobalToSharedClusterOp box) { return rewriteBox(box); })
+      .Case([&](NVVM::FenceMbarrierInitOp) {
+        call("moe_simt_fence_proxy", none(), {});
+        return erase();
+      })
+      .Case([&](NVVM::FenceProxyOp fence) {
+        if (fence.getKind() != NVVM::ProxyKind::async &&
+            fence.getKind() != NVVM::ProxyKind::async_shared)
+          return refuse(op, "a fence to the asynchronous proxy");
+        call("moe_simt_fence_proxy", none(), {});
+        return erase();
+      })
+      .Case([&](NVVM::WgmmaFenceAlignedOp) {
+        call("moe_simt_wgmma_fence", none(), {site(op)});
+        return erase();
+      })
+      .Case([&](NVVM::WgmmaGroupSyncAlignedOp) {
+        call("moe_simt_wgmma_commit", none(), {site(op)});
+        return erase();
+      })
+      .Case([&](NVVM::WgmmaWaitGroupSyncOp wait) {
+        call("moe_simt_wgmma_wait", none(), {site(op), c32(wait.getGroup())});
+        return erase();
+      })
+      .Case([&](NVVM::WgmmaMmaAsyncOp wgmma) { return rewriteWgmma(wgmma); })
+      .Case([&](LLVM::InlineAsmOp assembly) { return rewriteAssembly(assembly); })
       .Case([&](NVVM::SyncWarpOp sync) {
         call("moe_simt_syncwarp", none(), {site(op), sync.getMask()});
         op->erase();
@@ -253,7 +419,7 @@ LogicalResult KernelRewriter::rewrite(Operation *op) {
 
 LogicalResult KernelRewriter::run() {
   b.setInsertionPointToStart(&kernel.getBody().front());
-  scratch = LLVM::AllocaOp::create(b, loc, ptr(), i32(), c32(16), /*alignment=*/16);
+  scratch = LLVM::AllocaOp::create(b, loc, ptr(), i32(), c32(kScratchWords), /*alignment=*/16);
   SmallVector<Operation *> ops;
   kernel.getBody().walk([&](Operation *op) { ops.push_back(op); });
   for (Operation *op : ops)
@@ -270,8 +436,14 @@ LogicalResult KernelRewriter::run() {
     Value place = LLVM::GEPOp::create(b, loc, ptr(), b.getI8Type(), block->getArgument(0),
                                       ArrayRef<LLVM::GEPArg>{int32_t(i * 8)});
     place = LLVM::LoadOp::create(b, loc, ptr(), place);
-    args.push_back(LLVM::LoadOp::create(b, loc, type, place));
+    // An argument that is memory (a tensor map) is where its value is.
+    if (kernel.getArgAttr(i, LLVM::LLVMDialect::getByValAttrName()))
+      args.push_back(place);
+    else
+      args.push_back(LLVM::LoadOp::create(b, loc, type, place));
   }
+  for (unsigned i = 0; i < kernel.getNumArguments(); ++i)
+    kernel.setArgAttrs(i, ArrayRef<NamedAttribute>());
   LLVM::CallOp::create(b, loc, kernel, args);
   LLVM::ReturnOp::create(b, loc, ValueRange());
   return success();
@@ -287,11 +459,11 @@ struct ToSimtPass : public mlir::moe::impl::MoEGPUToSimtBase<ToSimtPass> {
         kernel->remove();
         module.push_back(kernel);
         kernel.setSymName((name + "_" + kernel.getSymName()).str());
+        if (failed(KernelRewriter(kernel, module).run()))
+          return signalPassFailure();
         // Nothing of the device is left on it.
         for (NamedAttribute attr : llvm::to_vector(kernel->getDiscardableAttrs()))
           kernel->removeDiscardableAttr(attr.getName());
-        if (failed(KernelRewriter(kernel, module).run()))
-          return signalPassFailure();
       }
       kernels.erase();
     }

@@ -41,6 +41,8 @@ moe_simt_switch:
 )");
 
 static constexpr size_t kStackBytes = 64 * 1024;
+// Descriptors of wgmma hold 18 bits of an address.
+static constexpr size_t kWindowBytes = 256 * 1024;
 
 thread_local Machine::Impl *mlir::moe::simt::current = nullptr;
 
@@ -53,6 +55,15 @@ std::string Machine::Impl::threadName(int thread) const {
   std::snprintf(text, sizeof text, "thread %d (warp %d, lane %d) of block (%u, %u)", thread,
                 thread / 32, thread % 32, blockX, blockY);
   return text;
+}
+
+void Machine::Impl::failAt(const char *site, const char *format, ...) {
+  char text[1024];
+  va_list list;
+  va_start(list, format);
+  std::vsnprintf(text, sizeof text, format, list);
+  va_end(list);
+  fail("%s: %s: %s", threadName(running).c_str(), site, text);
 }
 
 void Machine::Impl::fail(const char *format, ...) {
@@ -104,11 +115,20 @@ void Machine::Impl::shuffle(std::vector<int> &list) {
     std::shuffle(list.begin(), list.end(), random);
 }
 
-bool Machine::Impl::runBlock() {
+void Machine::Impl::startBlock() {
   int count = int(threads.size());
-  std::fill(shared.begin(), shared.end(), 0xff);
+  std::memset(reinterpret_cast<void *>(sharedBegin), 0xff, sharedBytes);
   std::fill(sharedShadow.begin(), sharedShadow.end(), SharedShadow());
-  epoch = 1;
+  moreReaders.clear();
+  freeReaders.clear();
+  for (Barrier &barrier : barriers)
+    barrier = Barrier();
+  mbarriers.clear();
+  asyncOps.clear();
+  registerBudget = 0;
+  now = 1;
+  known.clear();
+  fencedKnown.clear();
   for (int i = 0; i < count; ++i) {
     Thread &thread = threads[i];
     thread = Thread();
@@ -122,6 +142,11 @@ bool Machine::Impl::runBlock() {
   }
   for (Warp &warp : warps)
     warp = Warp();
+}
+
+bool Machine::Impl::runBlock() {
+  startBlock();
+  int count = int(threads.size());
   std::vector<int> warpOrder(warps.size()), laneOrder(32);
   for (;;) {
     bool progress = false, done = true;
@@ -145,10 +170,34 @@ bool Machine::Impl::runBlock() {
     for (const Thread &thread : threads)
       done &= thread.state == State::Done;
     if (done)
-      return true;
+      return finishBlock();
+    // What is in flight lands as late as it may; in a shuffled order also at any other time.
+    if ((!progress || (options.order == Order::Shuffled && random() % 4 == 0)) && landOne()) {
+      if (!error.empty())
+        return false;
+      continue;
+    }
     if (!progress)
       return reportDeadlock();
   }
+}
+
+/// What a block may not leave behind.
+bool Machine::Impl::finishBlock() {
+  if (!asyncOps.empty())
+    fail("%s: %s: expected a wait for every box and copy before the block ends, but got one in "
+         "flight",
+         threadName(asyncOps.front().thread).c_str(), asyncOps.front().site);
+  for (size_t w = 0; w < warps.size(); ++w) {
+    const Warp &warp = warps[w];
+    if (!warp.open.empty() || !warp.groups.empty())
+      fail("%s: expected a wait for every wgmma before the block ends, but got one in flight",
+           threadName(int(w) * 32).c_str());
+    else if (warp.registers != warps[w / 4 * 4].registers)
+      fail("%s: expected setmaxnreg in all warps of a warpgroup, but got other numbers in this one",
+           threadName(int(w) * 32).c_str());
+  }
+  return error.empty();
 }
 
 bool Machine::Impl::reportDeadlock() {
@@ -164,7 +213,14 @@ bool Machine::Impl::reportDeadlock() {
       continue;
     if (++shown > 4)
       continue;
-    text += "from " + threadName(i) + " on, threads wait at " + thread.where + "; ";
+    text += "from " + threadName(i) + " on, threads wait at " + thread.where;
+    if (thread.state == State::AtMBarrier) {
+      const MBarrier &barrier = mbarriers.at(thread.barrier);
+      text += " (phase " + std::to_string(barrier.phase) + " of the mbarrier at offset " +
+              std::to_string(thread.barrier) + ": " + std::to_string(barrier.pending) +
+              " arrivals and " + std::to_string(barrier.bytes) + " bytes are missing)";
+    }
+    text += "; ";
   }
   text +=
       std::to_string(finished) + " of " + std::to_string(threads.size()) + " threads have ended";
@@ -184,6 +240,8 @@ Machine::Machine(Options options) : impl(std::make_unique<Impl>()) {
 Machine::~Machine() {
   if (impl->stacks)
     munmap(impl->stacks, impl->stackCount * kStackBytes);
+  if (impl->window)
+    munmap(impl->window, kWindowBytes);
 }
 
 void Machine::addRegion(const void *data, size_t bytes, std::string name, bool written,
@@ -239,10 +297,22 @@ bool Machine::launch(void (*kernel)(void *const *), const moec_gpu_launch &launc
   }
   m.threads.assign(count, Thread());
   m.warps.assign(count / 32, Warp());
-  // 1024 more, so that it can begin at a multiple of that.
-  m.shared.assign(launch.shared_bytes + 1024, 0xff);
-  uint64_t begin = reinterpret_cast<uint64_t>(m.shared.data());
-  m.sharedBegin = (begin + 1023) / 1024 * 1024;
+  if (!m.window) {
+    void *memory = mmap(nullptr, 2 * kWindowBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
+      m.fail("expected memory for a block, but got none");
+      return false;
+    }
+    uint64_t begin = reinterpret_cast<uint64_t>(memory);
+    uint64_t head = (kWindowBytes - begin % kWindowBytes) % kWindowBytes;
+    m.window = static_cast<char *>(memory) + head;
+    if (head)
+      munmap(memory, head);
+    munmap(m.window + kWindowBytes, kWindowBytes - head);
+  }
+  // Not at its beginning, where an address would be an offset.
+  m.sharedBegin = reinterpret_cast<uint64_t>(m.window) + 1024;
   m.sharedBytes = launch.shared_bytes;
   m.sharedShadow.assign(launch.shared_bytes, SharedShadow());
   ++m.launchNumber;
@@ -250,6 +320,7 @@ bool Machine::launch(void (*kernel)(void *const *), const moec_gpu_launch &launc
   Impl *outer = current;
   current = &m;
   // Blocks have no order: run them from the last where warps are reversed.
+  m.gridX = launch.grid[0];
   uint64_t blocks = uint64_t(launch.grid[0]) * launch.grid[1];
   bool good = true;
   for (uint64_t i = 0; i < blocks && good; ++i) {
