@@ -7,6 +7,7 @@
 
 #include "moe/Spec/Safetensors.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -38,20 +39,45 @@ float e8m0(uint8_t code) {
   return code == 255 ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0f, code - 127);
 }
 
-uint16_t roundToBF16(float value) {
+/// A value as it is packed. Every NaN is the same one: which of two factors a product's sign and
+/// payload come from is the compiler's choice.
+template <typename Out> Out rounded(float value);
+template <> float rounded(float value) {
+  return std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value;
+}
+template <> uint16_t rounded(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u)
-    return static_cast<uint16_t>(bits >> 16 | 0x40); // NaN stays NaN
+  if (std::isnan(value))
+    return 0x7fc0;
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-void store(float value, Format format, char *out) {
-  if (format == Format::F32) {
-    std::memcpy(out, &value, sizeof value);
-  } else {
-    uint16_t half = roundToBF16(value);
-    std::memcpy(out, &half, sizeof half);
+/// One row of e4m3, a scale for each 128 columns.
+template <typename Out>
+void decodeFP8(const uint8_t *from, const float *scale, int64_t cols, char *out) {
+  static const std::array<float, 256> e4m3 = makeE4M3();
+  auto *to = reinterpret_cast<Out *>(out);
+  for (int64_t begin = 0; begin < cols; begin += 128) {
+    float s = scale[begin / 128];
+    for (int64_t c = begin, end = std::min(begin + 128, cols); c < end; ++c)
+      to[c] = rounded<Out>(e4m3[from[c]] * s);
+  }
+}
+
+/// One row of e2m1, a scale for each 32 columns: what a nibble is worth is the same for all 32.
+template <typename Out>
+void decodeMXFP4(const uint8_t *from, const float *scale, int64_t cols, char *out) {
+  auto *to = reinterpret_cast<Out *>(out);
+  for (int64_t group = 0; group < cols / 32; ++group) {
+    Out worth[16];
+    for (int code = 0; code < 16; ++code)
+      worth[code] = rounded<Out>(e2m1[code] * scale[group]);
+    for (int i = 0; i < 16; ++i) {
+      uint8_t two = from[16 * group + i];
+      to[32 * group + 2 * i] = worth[two & 15];
+      to[32 * group + 2 * i + 1] = worth[two >> 4];
+    }
   }
 }
 
@@ -60,7 +86,6 @@ void store(float value, Format format, char *out) {
 llvm::Error Checkpoint::decode(const MatrixExtent &extent, int64_t row0, int64_t row1,
                                Format format, std::vector<char> &buffer,
                                std::vector<char> &out) const {
-  static const std::array<float, 256> e4m3 = makeE4M3();
   bool fp8 = extent.encoding == Encoding::FP8;
   int64_t cols = extent.cols, rowBytes = fp8 ? cols : cols / 2;
   int64_t first = extent.firstRow + row0 * extent.rowStep;
@@ -88,15 +113,13 @@ llvm::Error Checkpoint::decode(const MatrixExtent &extent, int64_t row0, int64_t
 
   size_t outItem = format == Format::F32 ? 4 : 2;
   out.resize((row1 - row0) * cols * outItem);
+  auto *decodeRow = fp8 ? format == Format::F32 ? decodeFP8<float> : decodeFP8<uint16_t>
+                    : format == Format::F32 ? decodeMXFP4<float>
+                                            : decodeMXFP4<uint16_t>;
   char *to = out.data();
-  for (int64_t stored = first; stored <= last; stored += extent.rowStep) {
-    const auto *from =
-        reinterpret_cast<const uint8_t *>(buffer.data() + (stored - first) * rowBytes);
-    const float *scale = scales.data() + (stored / high - firstBlock) * extent.scalesCols;
-    for (int64_t c = 0; c < cols; ++c, to += outItem)
-      store((fp8 ? e4m3[from[c]] : e2m1[from[c / 2] >> 4 * (c & 1) & 15]) * scale[c / wide], format,
-            to);
-  }
+  for (int64_t stored = first; stored <= last; stored += extent.rowStep, to += cols * outItem)
+    decodeRow(reinterpret_cast<const uint8_t *>(buffer.data() + (stored - first) * rowBytes),
+              scales.data() + (stored / high - firstBlock) * extent.scalesCols, cols, to);
   return llvm::Error::success();
 }
 
