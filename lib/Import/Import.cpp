@@ -52,6 +52,7 @@ ir::RouterAttr routerAttr(mlir::MLIRContext &context, const LayerSpec &layer) {
     groups = ir::GroupsAttr::get(&context, r.groups, r.groupsKept,
                                  same<ir::GroupScore>(r.groupReduce, ir::symbolizeGroupScore),
                                  same<ir::GroupFill>(r.groupFill, ir::symbolizeGroupFill));
+  bool model = r.precision == Precision::Model;
   // norm_p is the dialect's default where it has no meaning, so that it is not printed.
   double power = r.renormalize == Renormalize::LpNorm ? r.normPower : 2.0;
   return ir::RouterAttr::get(
@@ -63,7 +64,12 @@ ir::RouterAttr routerAttr(mlir::MLIRContext &context, const LayerSpec &layer) {
       same<ir::Selection>(r.select, ir::symbolizeSelection),
       same<ir::SelectionBias>(r.selectionBias, ir::symbolizeSelectionBias), groups, r.extraRowCount,
       r.input == RouterInput::RMSNorm ? r.inputEpsilon : 0.0,
-      r.select == Select::Sparsemixer ? r.sparsemixerJitter : 0.0);
+      r.select == Select::Sparsemixer ? r.sparsemixerJitter : 0.0,
+      // As norm_p: the dialect's defaults where they have no meaning.
+      model ? same<ir::RouterArithmetic>(r.modelArithmetic, ir::symbolizeRouterArithmetic)
+            : ir::RouterArithmetic::UpcastLogits,
+      model ? same<ir::RouterPrecision>(r.weightDtype, ir::symbolizeRouterPrecision)
+            : ir::RouterPrecision::Model);
 }
 
 ir::ExpertAttr expertAttr(mlir::MLIRContext &context, const ExpertSpec &e) {
@@ -450,6 +456,9 @@ void readRouterAttr(ir::RouterAttr attr, RouterSpec &r) {
     r.normPower = attr.getNormP();
   r.scaleValue = attr.getScale();
   r.precision = sameBack(attr.getPrecision(), ir::stringifyRouterPrecision, Precision::Model);
+  r.modelArithmetic = sameBack(attr.getModelArithmetic(), ir::stringifyRouterArithmetic,
+                               ModelArithmetic::ModelDtype);
+  r.weightDtype = sameBack(attr.getWeightDtype(), ir::stringifyRouterPrecision, Precision::Model);
   r.input = sameBack(attr.getInput(), ir::stringifyRouterInput, RouterInput::MLP);
   if (ir::LogitTransformAttr t = attr.getLogitTransform()) {
     r.logitTransform =

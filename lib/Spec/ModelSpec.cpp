@@ -296,7 +296,6 @@ llvm::Error checkImplemented(const LayerSpec &layer) {
 
   const RouterSpec &r = layer.router;
   check.implemented("router.input", r.input, {RouterInput::Plain, RouterInput::RMSNorm});
-  check.implemented("router.precision", r.precision, {Precision::F32});
   check.implemented("router.score", r.score, {Score::Softmax, Score::Sigmoid});
   check.implemented("router.order",
                     r.order == Order::ScoreThenSelect || r.selectionBias != SelectionBias::Score,

@@ -36,6 +36,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moec._formula import (
+    ACTIVATIONS,
+    SCORES,
+    normalize,
+    round_bf16,
+    same,
+    sigmoid,
+    softmax,
+    wide,
+)
+
 __all__ = ["Reference", "Routing", "normalize", "reference", "round_bf16"]
 
 
@@ -55,166 +66,12 @@ class Routing(NamedTuple):
     )  # float64 [T]: the same distance measured in logits (nan where order is not the logits')
 
 
-def round_bf16(a: Any) -> np.ndarray:
-    """Rounds to the nearest bfloat16, ties to even, and returns float64. NaN stays NaN, overflow
-    becomes infinity."""
-    # Straight from float64, in one rounding: going through float32 first would round twice.
-    a = np.asarray(a, np.float64)
-    mantissa, exponent = np.frexp(a)  # |mantissa| in [0.5, 1)
-    exponent = np.maximum(exponent, -125)  # below 2**-126 the spacing no longer shrinks
-    ulp = np.ldexp(1.0, exponent - 8)
-    with np.errstate(invalid="ignore"):
-        r = np.where(np.isfinite(a), np.rint(a / ulp) * ulp, a)
-    largest = np.ldexp(255 / 256, 128)
-    return np.where(np.abs(r) > largest, np.copysign(np.inf, r), r)
-
-
-def _wide(a: Any) -> np.ndarray:
-    """Any accepted array as float64, exactly."""
-    if hasattr(a, "detach"):  # a torch tensor, without importing torch
-        a = a.detach().cpu().double().numpy()
-    a = np.asarray(a)
-    if a.dtype == np.uint16:  # the bits of bfloat16
-        return (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return a.astype(np.float64)
-
-
-# --- the formula's parts --------------------------------------------------------------------------
-
-_erf = np.frompyfunc(math.erf, 1, 1)
-
-
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    # The form whose exponential cannot overflow, chosen by sign.
-    e = np.exp(-np.abs(z))
-    return np.where(z >= 0, 1.0, e) / (1.0 + e)
-
-
-def _softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
-
-
-def _gelu_tanh(z: np.ndarray) -> np.ndarray:
-    return 0.5 * z * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
-
-
-ACTIVATIONS = {
-    "silu": lambda z: z * _sigmoid(z),
-    "gelu": lambda z: 0.5 * z * (1.0 + _erf(z / math.sqrt(2.0)).astype(np.float64)),
-    "gelu_tanh": _gelu_tanh,
-    "relu": lambda z: np.where(np.isnan(z), z, np.maximum(z, 0.0)),
-    "relu2": lambda z: np.where(np.isnan(z), z, np.maximum(z, 0.0)) ** 2,
-}
-
-SCORES = {
-    "softmax": _softmax,
-    "sigmoid": _sigmoid,
-    "sqrt_softplus": lambda z: np.sqrt(np.logaddexp(0.0, z)),
-}
-
-# Every attribute of a layer's spec (the keys of a *.moe.json), its default, and the values that the
-# formula below has. An attribute without a list of values is a number or a flag.
-_ATTRIBUTES: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
-    "router": {
-        "input": ("plain", ("plain", "rms_norm")),  # x | x / rms(x) * router_scale * H^-1/2
-        "router_x": (False, ()),  # the router reads another tensor than the experts
-        "input_epsilon": (1e-6, ()),
-        "logit_bias": (False, ()),
-        "logit_transform": ("none", ("none", "scale", "softcap")),  # c * z | c * tanh(z / c)
-        "logit_constant": (1.0, ()),  # c
-        "score": ("softmax", tuple(SCORES)),
-        # score all E, then choose K | choose K logits, then score those
-        "order": ("score_then_select", ("score_then_select", "select_then_score")),
-        "selection_bias": ("none", ("none", "score", "logit")),  # what it is added to
-        "groups": (1, ()),
-        "groups_kept": (1, ()),
-        "group_reduce": ("max", ("max", "sum_top2")),
-        "group_fill": ("neg_inf", ("zero", "neg_inf")),
-        "select": ("top_k", ("top_k", "sparse_mixer")),
-        "sparse_mixer_jitter": (0.0, ()),
-        # w / (sum + epsilon) | w / max(sum, epsilon) | w / (sum of |w|^p)^(1/p)
-        "renormalize": ("none", ("none", "sum", "clamp_sum", "lp_norm")),
-        "epsilon": (0.0, ()),
-        "norm_power": (1.0, ()),  # p
-        "scale": ("constant", ("constant", "per_expert")),
-        "scale_value": (1.0, ()),
-        "extra_rows": ("none", ("none",)),
-        "capacity": ("none", ("none",)),
-    },
-    "expert": {
-        "form": ("glu", ("glu", "mlp")),  # down(act(gate) * up) | down(act(up))
-        "activation": ("silu", tuple(ACTIVATIONS)),
-        "clamp": ("none", ("none", "pre", "post", "oai", "tanh")),
-        "clamp_limit": (math.inf, ()),
-        "clamp_up_limit": (math.inf, ()),
-        "clamp_alpha": (1.702, ()),
-        "bias": (False, ()),
-        "latent": (0, (0,)),
-        "latent_norm": (False, (False,)),
-        "expert_norm": (False, (False,)),
-    },
-    "combine": {
-        "apply": ("output", ("output", "input")),  # w * f(x) | f(w * x)
-        "sum_scale": (1.0, ()),
-        "shared": ("none", ("none", "mlp")),
-        "shared_gate": ("none", ("none", "sigmoid")),
-        "join": ("add", ("add", "average")),
-        "output": ("none", ("none",)),
-        "pools": (1, (1,)),
-    },
-}
-
-# Attributes that say how a model rounds or how wide something is; a formula has no use for them.
-_IGNORED = {
-    "router": {
-        "precision",
-        "model_arithmetic",
-        "weight_dtype",
-        "extra_row_count",
-        "capacity_tokens",
-    },
-    "expert": {"act_dtype"},
-    "combine": {"accumulate", "shared_count", "shared_width"},
-}
-
-
-def normalize(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """One layer's spec with every default filled in.
-
-    Keys: kind ("moe" | "dense"), H, F, E, K, and the groups router, expert and combine with the
-    attributes above; what else a layer of a *.moe.json has is left alone. An unknown attribute, or
-    a value the formula does not have, is refused by name.
-    """
-    out: dict[str, Any] = {"kind": spec.get("kind", "moe")}
-    if out["kind"] not in ("moe", "dense"):
-        raise ValueError(f"kind: expected moe or dense, but got {out['kind']!r}")
-    for key in ("H", "F") + (("E", "K") if out["kind"] == "moe" else ()):
-        out[key] = int(spec[key])
-        if out[key] < 1:
-            raise ValueError(f"{key}: expected at least 1, but got {out[key]}")
-    if out["kind"] == "moe" and out["K"] > out["E"]:
-        raise ValueError(f"K: expected at most E = {out['E']}, but got {out['K']}")
-    for group, attributes in _ATTRIBUTES.items():
-        given = dict(spec.get(group) or {})
-        for key in sorted(set(given) - set(attributes) - _IGNORED[group]):
-            known = ", ".join(attributes)
-            raise ValueError(f"{group}.{key}: expected one of {known}, but got this name")
-        out[group] = {key: given.get(key, default) for key, (default, _) in attributes.items()}
-        for key, (_, values) in attributes.items():
-            if values and out[group][key] not in values:
-                known = ", ".join(map(str, values))
-                got = out[group][key]
-                raise ValueError(f"{group}.{key}: expected one of {known}, but got {got!r}")
-    return out
-
-
 class Reference:
     """One layer in float64. See the module's text for spec and weights."""
 
     def __init__(self, spec: Mapping[str, Any], weights: Mapping[str, Any], rounding: str = "none"):
-        """rounding: "none", or "bf16": x and every weight are rounded to bfloat16 first (all
-        arithmetic stays float64)."""
+        """rounding: "none", or "bf16": x and every matrix are rounded to bfloat16 first (all
+        arithmetic stays float64, but for what a router of precision "model" rounds)."""
         if rounding not in ("none", "bf16"):
             raise ValueError(f"rounding: expected none or bf16, but got {rounding!r}")
         self.spec = normalize(spec)
@@ -272,7 +129,7 @@ class Reference:
     # --- reading ----------------------------------------------------------------------------------
 
     def _read(self, a: Any) -> np.ndarray:
-        a = _wide(a)
+        a = wide(a)
         return round_bf16(a) if self.rounding == "bf16" else a
 
     def _weight(self, role: str, expert: int | None = None) -> np.ndarray | None:
@@ -283,7 +140,9 @@ class Reference:
         a = self.weights[role]
         if role in self._shapes:
             a = a.reshape(self._shapes[role])
-        return self._read(a if expert is None else a[expert])
+        a = a if expert is None else a[expert]
+        # Biases and scales are kept in f32 whatever the format of the matrices.
+        return wide(a) if role.endswith(("_bias", "_scale")) else self._read(a)
 
     def _tokens(self, x: Any) -> tuple[np.ndarray, tuple[int, ...]]:
         x = self._read(x)
@@ -300,19 +159,28 @@ class Reference:
             raise ValueError("routing: expected a MoE layer, but got a dense one")
         x, _ = self._tokens(x)
         r, k = self.spec["router"], self.spec["K"]
+        models = r["precision"] == "model" and self.rounding == "bf16"
+        # What becomes of the logits, of every later result, and of the weights.
+        early = round_bf16 if models and r["model_arithmetic"] != "cast_inputs" else same
+        step = round_bf16 if models and r["model_arithmetic"] == "model_dtype" else same
+        last = round_bf16 if models and r["weight_dtype"] == "model" else same
         with np.errstate(all="ignore"):  # NaN and infinity are data here
             if r["input"] == "rms_norm":
                 rms = np.sqrt((x**2).mean(-1, keepdims=True) + r["input_epsilon"])
-                x = x / rms * self._weight("router_scale") * self.spec["H"] ** -0.5
+                x = early(early(x / rms) * self._weight("router_scale"))
+                x = early(x * self.spec["H"] ** -0.5)
             z = x @ self._weight("router").T
             if r["logit_bias"]:
                 z = z + self._weight("router_bias")
-            logits = z
+            logits = z = early(z)
             if r["logit_transform"] == "scale":
-                z = r["logit_constant"] * z
+                z = step(r["logit_constant"] * z)
             elif r["logit_transform"] == "softcap":
-                z = r["logit_constant"] * np.tanh(z / r["logit_constant"])
-            scores = SCORES[r["score"]](z) if r["order"] == "score_then_select" else z
+                z = step(np.tanh(step(z / r["logit_constant"])))
+                z = step(r["logit_constant"] * z)
+            scores = z
+            if r["order"] == "score_then_select" and r["select"] != "sparse_mixer":
+                scores = step(SCORES[r["score"]](z))
 
             choice = scores
             if r["selection_bias"] == "score":
@@ -321,26 +189,28 @@ class Reference:
                 choice = z + self._weight("selection_bias")
             gap = np.full(len(x), np.inf)
             if r["groups"] > 1:
-                choice, gap = self._keep_groups(choice)
+                choice, gap = self._keep_groups(choice, step)
 
             # A stable sort of the negated scores: falling score, equal scores by rising id.
             order = np.argsort(-choice, axis=-1, kind="stable")
             idx = order[:, :k]
             w = np.take_along_axis(scores, idx, -1)
             if r["select"] == "sparse_mixer":
-                w = self._sparse_mixer(z, idx)
+                w = self._sparse_mixer(z, idx, step)
             elif r["order"] == "select_then_score":
-                w = SCORES[r["score"]](np.take_along_axis(z, idx, -1))
+                w = step(SCORES[r["score"]](np.take_along_axis(z, idx, -1)))
             if r["renormalize"] == "sum":
-                w = w / (w.sum(-1, keepdims=True) + r["epsilon"])
+                w = step(w / step(step(w.sum(-1, keepdims=True)) + r["epsilon"]))
             elif r["renormalize"] == "clamp_sum":
-                w = w / np.maximum(w.sum(-1, keepdims=True), r["epsilon"])
+                w = step(w / step(np.maximum(step(w.sum(-1, keepdims=True)), r["epsilon"])))
             elif r["renormalize"] == "lp_norm":
                 p = r["norm_power"]
-                w = w / (np.abs(w) ** p).sum(-1, keepdims=True) ** (1.0 / p)
-            w = w * r["scale_value"]
+                powers = step(step(np.abs(w) ** p).sum(-1, keepdims=True))
+                w = step(w / step(powers ** (1.0 / p)))
+            w = step(w * r["scale_value"])
             if r["scale"] == "per_expert":
-                w = w * self._weight("per_expert_scale")[idx]
+                w = step(w * self._weight("per_expert_scale")[idx])
+            w = last(w)
 
             logit_gap = np.full(len(x), np.inf)
             if k < self.spec["E"]:
@@ -352,22 +222,22 @@ class Reference:
                     logit_gap = np.full(len(x), np.nan)
         return Routing(idx.astype(np.int32), w, logits, choice, gap, logit_gap)
 
-    def _sparse_mixer(self, z: np.ndarray, idx: np.ndarray) -> np.ndarray:
+    def _sparse_mixer(self, z: np.ndarray, idx: np.ndarray, step: Any) -> np.ndarray:
         """For each of the two chosen: its softmax over the logits that are close to it, without
         those chosen before it."""
         weights = np.empty(idx.shape)
         left = z.copy()
         for j in range(idx.shape[1]):
             top = np.take_along_axis(z, idx[:, j : j + 1], -1)
-            far = (top - z) / np.maximum(np.abs(z), top) > 2 * self.spec["router"][
-                "sparse_mixer_jitter"
-            ]
-            close = np.where(far, -math.inf, left)
-            weights[:, j] = np.take_along_axis(_softmax(close), idx[:, j : j + 1], -1)[:, 0]
+            far = step(step(top - z) / np.maximum(np.abs(z), top)) > step(
+                2 * self.spec["router"]["sparse_mixer_jitter"]
+            )
+            close = step(softmax(np.where(far, -math.inf, left)))
+            weights[:, j] = np.take_along_axis(close, idx[:, j : j + 1], -1)[:, 0]
             np.put_along_axis(left, idx[:, j : j + 1], -math.inf, -1)
         return weights
 
-    def _keep_groups(self, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _keep_groups(self, choice: np.ndarray, step: Any) -> tuple[np.ndarray, np.ndarray]:
         """Experts outside the best groups get the fill score; and by how much the last group that
         is kept leads the first that is not."""
         r = self.spec["router"]
@@ -375,7 +245,7 @@ class Reference:
         if r["group_reduce"] == "max":
             best = per_group.max(-1)
         else:
-            best = np.sort(per_group, -1)[..., -2:].sum(-1)
+            best = step(np.sort(per_group, -1)[..., -2:].sum(-1))
         ranked = np.argsort(-best, axis=-1, kind="stable")
         kept = ranked[:, : r["groups_kept"]]
         gap = np.full(len(choice), np.inf)
@@ -420,10 +290,10 @@ class Reference:
                     np.clip(up, -s["clamp_limit"], s["clamp_limit"]),
                 )
             if s["clamp"] == "oai":
-                h = (up + 1.0) * gate * _sigmoid(s["clamp_alpha"] * gate)
+                h = (up + 1.0) * gate * sigmoid(s["clamp_alpha"] * gate)
             elif s["clamp"] == "tanh":
                 g, u = s["clamp_limit"], s["clamp_up_limit"]
-                h = g * np.tanh(gate / g) * _sigmoid(gate) * u * np.tanh(up / u)
+                h = g * np.tanh(gate / g) * sigmoid(gate) * u * np.tanh(up / u)
             else:
                 gate = act(gate)
                 if s["clamp"] == "post":
@@ -441,7 +311,7 @@ class Reference:
         x, lead = self._tokens(x)
         idx = np.asarray(idx.detach().cpu() if hasattr(idx, "detach") else idx)
         idx = idx.reshape(len(x), -1).astype(np.int64)
-        return self._routed(x, idx, _wide(w).reshape(idx.shape)).reshape(*lead, self.spec["H"])
+        return self._routed(x, idx, wide(w).reshape(idx.shape)).reshape(*lead, self.spec["H"])
 
     def _routed(self, x: np.ndarray, idx: np.ndarray, w: np.ndarray) -> np.ndarray:
         y = np.zeros((len(x), self.spec["H"]))
@@ -465,7 +335,7 @@ class Reference:
         x, lead = self._tokens(x)
         idx = np.asarray(idx).reshape(len(x), -1).astype(np.int64)
         with np.errstate(all="ignore"):
-            y = self._joined(x, self._routed(x, idx, _wide(w).reshape(idx.shape)))
+            y = self._joined(x, self._routed(x, idx, wide(w).reshape(idx.shape)))
         return y.reshape(*lead, self.spec["H"])
 
     def _joined(self, x: np.ndarray, routed: np.ndarray) -> np.ndarray:
@@ -478,7 +348,7 @@ class Reference:
         gate_up, down = self._weight("shared_" + self._up), self._weight("shared_down")
         shared = self._mlp(x, gate_up, down, None, None, act)
         if c["shared_gate"] == "sigmoid":
-            shared = shared * _sigmoid(x @ self._weight("shared_gate").reshape(1, -1).T)
+            shared = shared * sigmoid(x @ self._weight("shared_gate").reshape(1, -1).T)
         return (y + shared) * (0.5 if c["join"] == "average" else 1.0)
 
     def __call__(self, x: Any, router_x: Any = None) -> np.ndarray:

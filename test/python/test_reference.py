@@ -144,9 +144,9 @@ def test_round_bf16_is_torchs():
     expected = torch.from_numpy(a).bfloat16().double().numpy()
     np.testing.assert_array_equal(round_bf16(a), expected)
     bits = torch.from_numpy(a).bfloat16().view(torch.uint16).numpy()
-    from moec.reference import _wide
+    from moec._formula import wide
 
-    np.testing.assert_array_equal(_wide(bits), expected)
+    np.testing.assert_array_equal(wide(bits), expected)
 
 
 def test_bf16_rounding_mode_rounds_inputs_and_weights():

@@ -463,7 +463,6 @@ def test_layers_are_sorted_and_unique(tmp_path):
 
 NOT_IMPLEMENTED = [
     ("router", "input", "mlp"),
-    ("router", "precision", "model"),
     ("router", "score", "sqrt_softplus"),
     ("router", "select", "table"),
     ("router", "scale", "learned"),

@@ -44,6 +44,11 @@ static cl::opt<std::string> dtypeOption("dtype", cl::init("auto"),
                                                  "as in the checkpoint)"),
                                         cl::value_desc("auto|f32|bf16"), cl::cat(category()),
                                         cl::sub(compileParser()));
+static cl::opt<std::string>
+    routerOption("router",
+                 cl::desc("How routers round: f32, or as the model's own code does (default: as "
+                          "MODEL says, f32 for checkpoints)"),
+                 cl::value_desc("f32|model"), cl::cat(category()), cl::sub(compileParser()));
 static cl::opt<std::string> targetOption("target", cl::init("cpu"),
                                          cl::desc("Target (default cpu)"),
                                          cl::value_desc("cpu|cuda"), cl::cat(category()),
@@ -112,6 +117,7 @@ struct Request {
   Emit emit = Emit::Lib;
   bool toStdout = false;
   std::optional<Format> dtype;
+  std::optional<Precision> router;
   WeightsChoice weights;
   std::optional<std::vector<int64_t>> layers;
   PipelineChoice pipeline;
@@ -152,6 +158,12 @@ static llvm::Expected<Request> understand() {
     out.dtype = Format::BF16;
   else if (dtypeOption != "auto")
     return wrong("--dtype", "`auto`, `f32` or `bf16`", dtypeOption);
+  if (routerOption == "f32")
+    out.router = Precision::F32;
+  else if (routerOption == "model")
+    out.router = Precision::Model;
+  else if (routerOption.getNumOccurrences())
+    return wrong("--router", "`f32` or `model`", routerOption);
   bool cuda = targetOption == "cuda";
   if (!cuda && targetOption != "cpu")
     return makeError(ErrorCode::TARGET, "--target", "`cpu` or `cuda`", "`" + targetOption + "`");
@@ -218,6 +230,8 @@ static llvm::Expected<Request> understand() {
     return wrong("--compile-from", "a MODEL that is a .mlir file", model);
   if (out.isMLIR && out.dtype)
     return wrong("--dtype", "no format, as the .mlir file has decided it", dtypeOption);
+  if (out.isMLIR && out.router)
+    return wrong("--router", "nothing, as the .mlir file has decided it", routerOption);
   if (out.isMLIR && out.layers)
     return wrong("--layers", "`all` for a .mlir file", layersOption);
   bool needsOutput = !dryRunOption && !printPipelineOption;
@@ -379,6 +393,10 @@ static llvm::Error work(Request request) {
   if (!request.pipeline.gpus.empty() && request.pipeline.to.empty() && !dryRunOption)
     if (auto ptxas = findPtxas(); !ptxas)
       return ptxas.takeError();
+  if (request.router)
+    for (LayerSpec &layer : spec.layers)
+      if (layer.kind == LayerKind::MoE)
+        layer.router.precision = *request.router;
   if (llvm::Error error = checkModel(spec))
     return error;
 

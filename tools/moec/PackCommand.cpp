@@ -49,13 +49,16 @@ static llvm::Expected<ModelSpec> matchLayers(const Manifest &manifest, const Mod
       return makeError(ErrorCode::WEIGHTS, source, "layer `" + wanted.name + "`",
                        near.empty() ? "none of that name" : "only " + quoteList(near));
     }
-    std::vector<Difference> differences = compare(wanted, *found);
+    // How the router rounds is the code's choice, no property of the checkpoint.
+    LayerSpec same = *found;
+    same.router.precision = wanted.router.precision;
+    std::vector<Difference> differences = compare(wanted, same);
     if (!differences.empty())
       return makeError(ErrorCode::WEIGHTS, source + ": " + wanted.name,
                        differences[0].attribute + " = " + differences[0].left + " as `" + folder +
                            "` was compiled for",
                        differences[0].right, "compile this checkpoint instead");
-    out.layers.push_back(*found);
+    out.layers.push_back(std::move(same));
   }
   return out;
 }

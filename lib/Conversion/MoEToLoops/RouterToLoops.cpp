@@ -237,8 +237,10 @@ Value buildRowFactor(LoopBuilder &l, Value x, Value t, int64_t cols, Type comput
 }
 
 /// The first attribute value without a lowering here. sqrt(softplus), which the CPU target has no
-/// code for, has one.
+/// code for, has one; a model's own rounding, for which it has, has none.
 std::string getRefused(RouterAttr router) {
+  if (router.getPrecision() != RouterPrecision::F32)
+    return ("precision = " + stringifyRouterPrecision(router.getPrecision())).str();
   if (router.getScore() != ScoreFunction::SqrtSoftplus)
     return router.getUnimplemented();
   return RouterAttr::get(router.getContext(), ScoreFunction::Sigmoid, router.getOrder(),
@@ -246,7 +248,8 @@ std::string getRefused(RouterAttr router) {
                          router.getNormP(), router.getScale(), router.getPrecision(),
                          router.getInput(), router.getLogitTransform(), router.getSelect(),
                          router.getSelectionBias(), router.getGroups(), router.getExtraRows(),
-                         router.getInputEpsilon(), router.getJitter())
+                         router.getInputEpsilon(), router.getJitter(), router.getModelArithmetic(),
+                         router.getWeightDtype())
       .getUnimplemented();
 }
 

@@ -85,6 +85,19 @@ func.func @route(%x: tensor<?x32xf32>, %w0: tensor<?x2xf32>, %e0: tensor<?x2xi32
   return %w, %e, %l : tensor<?x2xf32>, tensor<?x2xi32>, tensor<?x8xf32>
 }
 
+// CHECK-LABEL: func.func private @model_rounding
+// CHECK-SAME: #moe.router<score = softmax, order = score_then_select, top_k = 2, precision = model, model_arithmetic = cast_inputs, weight_dtype = f32>
+// CHECK-SAME: #moe.router<score = softmax, order = score_then_select, top_k = 2, precision = model>
+// CHECK-SAME: #moe.router<score = softmax, order = score_then_select, top_k = 2, precision = model, model_arithmetic = model_dtype>
+func.func private @model_rounding() attributes {
+    test.cast = #moe.router<score = softmax, order = score_then_select, top_k = 2, precision = model,
+                            model_arithmetic = cast_inputs, weight_dtype = f32>,
+    test.upcast = #moe.router<score = softmax, order = score_then_select, top_k = 2,
+                              precision = model, model_arithmetic = upcast_logits,
+                              weight_dtype = model>,
+    test.whole = #moe.router<score = softmax, order = score_then_select, top_k = 2,
+                             precision = model, model_arithmetic = model_dtype>}
+
 // CHECK-LABEL: func.func @experts
 func.func @experts(%x: tensor<?x32xf32>, %y: tensor<?x32xf32>, %acc: i1, %n: index,
     %w1: !moe.weight<1x2x16x32xf32, panel32>, %w2: !moe.weight<1x1x32x16xf32, panel32>,

@@ -187,11 +187,16 @@ struct PackKernelSpec {
 func::FuncOp emitPackKernel(OpBuilder &b, Location loc, const PackKernelSpec &spec);
 
 /// The function that normalises rows of a rows16 block in place, as moe.normalize_rows says.
-/// Arguments: (ptr block, i64 rows, ptr scale); `columns` of a row are real.
-func::FuncOp emitNormalizeKernel(OpBuilder &b, Location loc, KernelLevel level, int64_t columns,
-                                 float epsilon);
-/// Its name.
-std::string getNormalizeKernelName(KernelLevel level, int64_t columns, float epsilon);
+struct NormalizeKernelSpec {
+  KernelLevel level = KernelLevel::V4;
+  int64_t columns = 1; ///< that are real
+  float epsilon = 0.0f;
+  bool rounded = false;
+  std::string getName() const;
+};
+
+/// Arguments: (ptr block, i64 rows, ptr scale).
+func::FuncOp emitNormalizeKernel(OpBuilder &b, Location loc, const NormalizeKernelSpec &spec);
 
 /// Spec of the functions that open and close a panel scratch f32 [panels][tokens][32].
 struct PanelKernelSpec {

@@ -102,7 +102,8 @@ LogicalResult RouterAttr::verify(function_ref<InFlightDiagnostic()> emitError, S
                                  Real epsilon, Real normP, Real scale, RouterPrecision, RouterInput,
                                  LogitTransformAttr logitTransform, Selection select,
                                  SelectionBias bias, GroupsAttr, int64_t extraRows,
-                                 Real inputEpsilon, Real jitter) {
+                                 Real inputEpsilon, Real jitter, RouterArithmetic,
+                                 RouterPrecision) {
   if (topK < 1)
     return emitError() << "expected top_k to be positive, but got " << topK;
   if (!(epsilon >= 0.0) || epsilon.value == HUGE_VAL)
@@ -130,6 +131,13 @@ LogicalResult RouterAttr::verify(function_ref<InFlightDiagnostic()> emitError, S
   return success();
 }
 
+RouterAttr RouterAttr::withPrecision(RouterPrecision precision) const {
+  return get(getContext(), getScore(), getOrder(), getTopK(), getRenormalize(), getEpsilon(),
+             getNormP(), getScale(), precision, getInput(), getLogitTransform(), getSelect(),
+             getSelectionBias(), getGroups(), getExtraRows(), getInputEpsilon(), getJitter(),
+             getModelArithmetic(), getWeightDtype());
+}
+
 std::string RouterAttr::getUnimplemented() const {
   std::string text;
   llvm::raw_string_ostream os(text);
@@ -140,8 +148,6 @@ std::string RouterAttr::getUnimplemented() const {
     os << "renormalize = " << stringifyRenormalize(getRenormalize());
   else if (getRenormalize() == Renormalize::LpNorm && p != 1.0 && p != 2.0)
     os << "norm_p = " << p;
-  else if (getPrecision() != RouterPrecision::F32)
-    os << "precision = " << stringifyRouterPrecision(getPrecision());
   else if (getInput() == RouterInput::Mlp)
     os << "input = " << stringifyRouterInput(getInput());
   else if (getSelect() != Selection::TopK && getSelect() != Selection::SparseMixer)

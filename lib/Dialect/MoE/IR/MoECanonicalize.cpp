@@ -59,7 +59,8 @@ static RouterAttr simplify(RouterAttr router, int64_t experts) {
                          renormalize, epsilon, normP, router.getScale(), router.getPrecision(),
                          router.getInput(), router.getLogitTransform(), router.getSelect(),
                          router.getSelectionBias(), groups, router.getExtraRows(),
-                         router.getInputEpsilon(), router.getJitter());
+                         router.getInputEpsilon(), router.getJitter(), router.getModelArithmetic(),
+                         router.getWeightDtype());
 }
 
 template <typename OpTy> static LogicalResult simplifyRouter(OpTy op, PatternRewriter &rewriter) {

@@ -448,10 +448,9 @@ LogicalResult KernelEmitter::lower(NormalizeRowsOp op) {
     return failure();
   int64_t columns = op.getScale().getType().getRows();
   float epsilon = static_cast<float>(op.getEpsilon().convertToDouble());
-  FailureOr<func::FuncOp> kernel =
-      get(getNormalizeKernelName(*level, columns, epsilon), [&](OpBuilder &at) {
-        return emitNormalizeKernel(at, op.getLoc(), *level, columns, epsilon);
-      });
+  NormalizeKernelSpec spec{*level, columns, epsilon, op.getRounded()};
+  FailureOr<func::FuncOp> kernel = get(
+      spec.getName(), [&](OpBuilder &at) { return emitNormalizeKernel(at, op.getLoc(), spec); });
   OpBuilder b(op);
   KernelBuilder k(b, op.getLoc());
   FailureOr<Buffer> a = getBuffer(k, op, op.getA());

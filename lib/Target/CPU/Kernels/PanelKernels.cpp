@@ -113,17 +113,16 @@ func::FuncOp moe::emitPackKernel(OpBuilder &b, Location loc, const PackKernelSpe
 // Normalised rows
 //===----------------------------------------------------------------------===//
 
-std::string moe::getNormalizeKernelName(KernelLevel level, int64_t columns, float epsilon) {
-  return llvm::formatv("moe_normalize_{0}_{1}_{2:x-8}", levelWord(level), columns,
-                       llvm::bit_cast<uint32_t>(epsilon));
+std::string NormalizeKernelSpec::getName() const {
+  return llvm::formatv("moe_normalize_{0}_{1}_{2:x-8}{3}", levelWord(level), columns,
+                       llvm::bit_cast<uint32_t>(epsilon), rounded ? "_rounded" : "");
 }
 
-func::FuncOp moe::emitNormalizeKernel(OpBuilder &b, Location loc, KernelLevel level,
-                                      int64_t columns, float epsilon) {
+func::FuncOp moe::emitNormalizeKernel(OpBuilder &b, Location loc, const NormalizeKernelSpec &spec) {
   KernelBuilder k(b, loc);
   Type ptr = k.ptr(), i64 = k.i64();
-  func::FuncOp function =
-      k.start(getNormalizeKernelName(level, columns, epsilon), level, {ptr, i64, ptr});
+  func::FuncOp function = k.start(spec.getName(), spec.level, {ptr, i64, ptr});
+  int64_t columns = spec.columns;
   Value block = function.getArgument(0), rows = function.getArgument(1);
   Value scale = function.getArgument(2);
   // Sixteen sums on every level, so that the bits are those of any other. Columns that do not
@@ -141,16 +140,19 @@ func::FuncOp moe::emitNormalizeKernel(OpBuilder &b, Location loc, KernelLevel le
           return {vector::FMAOp::create(b, loc, v, v, acc[0])};
         })[0];
     Value mean = arith::DivFOp::create(b, loc, k.sum(squares), k.float32(columns));
-    mean = arith::AddFOp::create(b, loc, mean, k.float32(epsilon));
+    mean = arith::AddFOp::create(b, loc, mean, k.float32(spec.epsilon));
     Value root = LLVM::SqrtOp::create(b, loc, b.getF32Type(), mean);
     Value factor = arith::DivFOp::create(b, loc, k.float32(1.0f), root);
     Value factors = vector::BroadcastOp::create(b, loc, vector, factor);
     Value last = splatF32(b, loc, lanes, static_cast<float>(1.0 / std::sqrt(double(columns))));
     k.loop(groups, 1, [&](Value group) {
       Value v = k.load(vector, at(group));
-      v = arith::MulFOp::create(b, loc, v, factors);
-      v = arith::MulFOp::create(b, loc, v, k.load(vector, k.at(scale, k.mul(group, 64))));
-      k.store(arith::MulFOp::create(b, loc, v, last), at(group));
+      for (Value factor : {factors, k.load(vector, k.at(scale, k.mul(group, 64))), last}) {
+        v = arith::MulFOp::create(b, loc, v, factor);
+        if (spec.rounded)
+          v = emitRoundToBF16(b, loc, v);
+      }
+      k.store(v, at(group));
     });
   });
   k.finish();

@@ -12,7 +12,11 @@
 //
 // What a choice is made by: the logits themselves where nothing is added to the scores and no group
 // is summed, as every score function is increasing and two scores may round to the same float;
-// otherwise the scores of all experts, with the selection bias.
+// otherwise the scores of all experts, with the selection bias. Scores that the model itself rounds
+// to bf16 decide: many are equal, and equal scores are to be listed by rising id.
+//
+// `precision = model`: everything stays in f32 registers; what the model's code leaves in bf16 is
+// rounded to it and widened again.
 //
 //===----------------------------------------------------------------------===//
 
@@ -80,6 +84,16 @@ private:
   Value subf(Value x, Value y) { return arith::SubFOp::create(b, loc, x, y); }
   Value mulf(Value x, Value y) { return arith::MulFOp::create(b, loc, x, y); }
   Value divf(Value x, Value y) { return arith::DivFOp::create(b, loc, x, y); }
+  Value maxf(Value x, Value y) { return arith::MaximumFOp::create(b, loc, x, y); }
+  /// A vector or a scalar rounded to bf16, as f32.
+  Value toBF16(Value x) {
+    if (isa<VectorType>(x.getType()))
+      return emitRoundToBF16(b, loc, x);
+    Value one = vector::BroadcastOp::create(b, loc, k.vec(1, x.getType()), x);
+    return vector::ExtractOp::create(b, loc, emitRoundToBF16(b, loc, one), int64_t(0));
+  }
+  /// The result of a step of the router.
+  Value step(Value x) { return router.roundsSteps() ? toBF16(x) : x; }
   Value select(Value c, Value x, Value y) { return arith::SelectOp::create(b, loc, c, x, y); }
   Value cmpi(arith::CmpIPredicate p, Value x, Value y) {
     return arith::CmpIOp::create(b, loc, p, x, y);
@@ -129,7 +143,8 @@ private:
   /// Whether the scores of all experts decide, not the logits.
   bool needsAllScores() {
     bool scoreFirst = router.getOrder() == RouterOrder::ScoreThenSelect;
-    return router.getSelectionBias() == SelectionBias::Score || (router.getGroups() && scoreFirst);
+    return router.getSelectionBias() == SelectionBias::Score ||
+           (scoreFirst && (router.getGroups() || router.roundsSteps()));
   }
 
   KernelBuilder k;
@@ -161,8 +176,8 @@ Value SelectEmitter::transform(Value z) {
   LogitTransformAttr transform = router.getLogitTransform();
   Value c = splatF(transform.getValue());
   if (transform.getKind() == LogitTransformKind::Scale)
-    return mulf(c, z);
-  return mulf(c, emitTanh(b, loc, divf(z, c)));
+    return step(mulf(c, z));
+  return step(mulf(c, step(emitTanh(b, loc, step(divf(z, c))))));
 }
 
 //===----------------------------------------------------------------------===//
@@ -226,7 +241,7 @@ void SelectEmitter::emitGroups(GroupsAttr groups) {
     };
     Value score = valueOf(best);
     if (groups.getReduce() == GroupScore::SumTop2)
-      score = addf(score, valueOf(emitLargest(keys, first, size, best)));
+      score = step(addf(score, valueOf(emitLargest(keys, first, size, best))));
     k.store(score, elementAt(groupScores, g));
   });
   emitKeys(groupScores, groupKeys, count);
@@ -253,12 +268,12 @@ void SelectEmitter::emitGroups(GroupsAttr groups) {
 /// scores[e] of all experts.
 void SelectEmitter::emitAllScores(Value logits) {
   if (router.getScore() == ScoreFunction::Sigmoid)
-    return map(logits, scores, experts, [&](Value z, Value) { return sigmoid(z); });
+    return map(logits, scores, experts, [&](Value z, Value) { return step(sigmoid(z)); });
   emitKeys(logits, keys, experts);
   Value top = splat(loadFloat(elementAt(logits, toOffset(emitLargest(keys)))));
   map(logits, scores, experts, [&](Value z, Value) { return emitExp(b, loc, subf(z, top)); });
   Value total = splat(sumOver(scores, experts, [](Value x, Value) { return x; }));
-  map(scores, scores, experts, [&](Value x, Value) { return divf(x, total); });
+  map(scores, scores, experts, [&](Value x, Value) { return step(divf(x, total)); });
 }
 
 /// The ids of the `topK` largest keys; chosen[slot] = values[id].
@@ -276,7 +291,7 @@ void SelectEmitter::emitChoice(Value values, Value ids) {
 /// the second without the first. The logits are those of this token's scratch: the first is marked.
 void SelectEmitter::emitSparseMixer(Value logits, Value ids) {
   emitKeys(logits, keys, experts);
-  Value threshold = splatF(2.0 * double(router.getJitter()));
+  Value threshold = step(splatF(2.0 * double(router.getJitter())));
   Value before;
   for (int64_t slot : {0, 1}) {
     Value expert = emitLargest(keys);
@@ -286,16 +301,15 @@ void SelectEmitter::emitSparseMixer(Value logits, Value ids) {
           b, loc, f32v(),
           arith::AndIOp::create(b, loc, vector::BitCastOp::create(b, loc, i32v(), z).getResult(),
                                 splatI(0x7fffffff)));
-      Value factor = arith::MaximumFOp::create(b, loc, magnitude, top);
-      Value far = arith::CmpFOp::create(b, loc, arith::CmpFPredicate::OGT,
-                                        divf(subf(top, z), factor), threshold);
+      Value distance = step(divf(step(subf(top, z)), maxf(magnitude, top)));
+      Value far = arith::CmpFOp::create(b, loc, arith::CmpFPredicate::OGT, distance, threshold);
       if (before)
         far = arith::OrIOp::create(b, loc, far,
                                    cmpi(arith::CmpIPredicate::eq, numbers(v), splat(before)));
       return select(far, splatF(0.0), emitExp(b, loc, subf(z, top)));
     });
     k.store(expert, k.at(ids, slot * 4));
-    k.store(divf(k.float32(1.0f), total), k.at(chosen, slot * 4));
+    k.store(step(divf(k.float32(1.0f), total)), k.at(chosen, slot * 4));
     k.store(k.int32(kTaken), elementAt(keys, offset));
     before = expert;
   }
@@ -308,25 +322,24 @@ void SelectEmitter::emitSparseMixer(Value logits, Value ids) {
 /// chosen[slot], the scores of the chosen, normalised and scaled into weights[slot].
 void SelectEmitter::emitWeights(Value weights, Value ids) {
   Value norm;
-  auto sum = [&](function_ref<Value(Value, Value)> f) { return sumOver(chosen, topK, f); };
+  auto sum = [&](function_ref<Value(Value, Value)> f) { return step(sumOver(chosen, topK, f)); };
   float epsilon = static_cast<float>(double(router.getEpsilon()));
   switch (router.getRenormalize()) {
   case Renormalize::None:
   case Renormalize::JointShared:
     break;
   case Renormalize::Sum:
-    norm = addf(sum([](Value x, Value) { return x; }), k.float32(epsilon));
+    norm = step(addf(sum([](Value x, Value) { return x; }), k.float32(epsilon)));
     break;
   case Renormalize::ClampSum:
-    norm = arith::MaximumFOp::create(b, loc, sum([](Value x, Value) { return x; }),
-                                     k.float32(epsilon));
+    norm = step(maxf(sum([](Value x, Value) { return x; }), k.float32(epsilon)));
     break;
   case Renormalize::LpNorm:
     if (double(router.getNormP()) == 1.0)
       norm = sum([](Value x, Value) { return x; });
     else
-      norm = LLVM::SqrtOp::create(b, loc, b.getF32Type(),
-                                  sum([&](Value x, Value) { return mulf(x, x); }));
+      norm = step(LLVM::SqrtOp::create(b, loc, b.getF32Type(),
+                                       sum([&](Value x, Value) { return step(mulf(x, x)); })));
     break;
   }
   double scale = router.getScale();
@@ -334,16 +347,18 @@ void SelectEmitter::emitWeights(Value weights, Value ids) {
     Value divisor = norm ? splat(norm) : Value();
     map(chosen, chosen, topK, [&](Value w, Value) {
       if (divisor)
-        w = divf(w, divisor);
-      return scale == 1.0 ? w : mulf(w, splatF(scale));
+        w = step(divf(w, divisor));
+      return scale == 1.0 ? w : step(mulf(w, splatF(scale)));
     });
   }
   k.loop(k.index(topK), 1, [&](Value slot) {
     Value w = loadFloat(elementAt(chosen, slot));
     if (spec.expertScale) {
       Value id = toOffset(k.load(b.getI32Type(), elementAt(ids, slot)));
-      w = mulf(w, loadFloat(elementAt(expertScale, id)));
+      w = step(mulf(w, loadFloat(elementAt(expertScale, id))));
     }
+    if (router.roundsWeights())
+      w = toBF16(w);
     k.store(w, elementAt(weights, slot));
   });
 }
@@ -377,7 +392,7 @@ void SelectEmitter::emitToken(Value logits, Value weights, Value ids) {
   if (from == logits) {
     // Only logits were chosen by; the scores of the chosen are still to be made.
     if (router.getScore() == ScoreFunction::Sigmoid) {
-      map(chosen, chosen, topK, [&](Value z, Value) { return sigmoid(z); });
+      map(chosen, chosen, topK, [&](Value z, Value) { return step(sigmoid(z)); });
     } else {
       // The largest logit, or NaN if there is one: the first chosen, unless a bias chose.
       Value place = chosen;
@@ -389,7 +404,7 @@ void SelectEmitter::emitToken(Value logits, Value weights, Value ids) {
       auto power = [&](Value x, Value) { return emitExp(b, loc, subf(x, top)); };
       bool overAll = router.getOrder() == RouterOrder::ScoreThenSelect;
       Value total = splat(overAll ? sumOver(logits, experts, power) : sumOver(chosen, topK, power));
-      map(chosen, chosen, topK, [&](Value x, Value v) { return divf(power(x, v), total); });
+      map(chosen, chosen, topK, [&](Value x, Value v) { return step(divf(power(x, v), total)); });
     }
   }
   emitWeights(weights, ids);
@@ -437,6 +452,8 @@ func::FuncOp SelectEmitter::emit() {
   map(chosen, chosen, topK, [&](Value, Value) { return splatF(0.0); });
   k.loop(tokens, 1, [&](Value token) {
     Value row = k.at(logits, k.mul(token, rowBytes));
+    if (router.roundsLogits())
+      map(row, row, experts, [&](Value z, Value) { return toBF16(z); });
     if (copyArgument >= 0) {
       Value to = k.at(function.getArgument(copyArgument),
                       k.mul(token, function.getArgument(copyArgument + 1)));

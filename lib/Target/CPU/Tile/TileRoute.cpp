@@ -142,6 +142,9 @@ LogicalResult EntryTiler::tileRouter(OpTy op, Value outLogits,
   UkernelAttr kernel = strategy.getUkernel();
   Type element =
       op.getCompute() ? *op.getCompute() : cast<MemRefType>(x.getType()).getElementType();
+  // In f32 a model's own rounding is ours.
+  if (!element.isBF16())
+    router = router.withPrecision(RouterPrecision::F32);
   int64_t experts = op.getNumExperts();
   RouterVectors vectors = op.getVectors();
   Value tokens = rowCount(x);
@@ -172,7 +175,8 @@ LogicalResult EntryTiler::tileRouter(OpTy op, Value outLogits,
                                   TypeAttr::get(element));
                if (vectors.inputScale)
                  NormalizeRowsOp::create(b, loc, count, a, vectors.inputScale,
-                                         b.getF64FloatAttr(router.getInputEpsilon()));
+                                         b.getF64FloatAttr(router.getInputEpsilon()),
+                                         router.roundsLogits() ? b.getUnitAttr() : UnitAttr());
                Value zero = index.constant(0);
                forLoop(b, zero, index.constant(type.panelCount()), kernel.getPanels(),
                        [&](OpBuilder &b, Value panel) {

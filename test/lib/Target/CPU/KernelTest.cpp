@@ -871,6 +871,13 @@ static void checkSelect(const SelectKernelSpec &spec, void *address, std::mt1993
         v = -static_cast<float>(e);
       logits[t * padded + e] = v;
     }
+  std::vector<float> given = logits;
+  auto rounded = [](bool really, double v) {
+    return really ? fromBF16(toBF16(static_cast<float>(v))) : v;
+  };
+  auto step = [&](double v) { return rounded(spec.router.roundsSteps(), v); };
+  for (float &v : given)
+    v = static_cast<float>(rounded(spec.router.roundsLogits(), v));
   Buffer weights(tokens * chosen * 4), ids(tokens * chosen * 4), copy(tokens * (experts + 3) * 4);
   using Plain = void (*)(float *, int64_t, int64_t, char *, char *);
   using Copying = void (*)(float *, int64_t, int64_t, char *, char *, char *, int64_t);
@@ -883,7 +890,7 @@ static void checkSelect(const SelectKernelSpec &spec, void *address, std::mt1993
   if (!weights.guardsHold() || !ids.guardsHold() || !copy.guardsHold())
     fail("{0}: wrote outside", name);
   for (int64_t t = 0; t < tokens; ++t) {
-    const float *row = &logits[t * padded];
+    const float *row = &given[t * padded];
     const int32_t *got = ids.as<int32_t>() + t * chosen;
     const float *gotWeights = weights.as<float>() + t * chosen;
     std::vector<bool> used(experts);
@@ -910,25 +917,38 @@ static void checkSelect(const SelectKernelSpec &spec, void *address, std::mt1993
     std::vector<int32_t> order(experts);
     for (int64_t e = 0; e < experts; ++e)
       order[e] = static_cast<int32_t>(e);
-    std::sort(order.begin(), order.end(),
-              [&](int32_t a, int32_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); });
-    double total = 0, sum = 0;
+    auto sortBy = [&](auto key) {
+      std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+        return key(a) > key(b) || (key(a) == key(b) && a < b);
+      });
+    };
+    sortBy([&](int32_t e) { return row[e]; });
+    double top = row[order[0]], total = 0, sum = 0;
     for (int64_t e = 0; e < (scoreFirst ? experts : chosen); ++e)
-      total += std::exp(double(row[order[e]]) - row[order[0]]);
+      total += std::exp(row[order[e]] - top);
+    auto score = [&](int32_t e) { return step(std::exp(row[e] - top) / total); };
+    if (scoreFirst && spec.router.roundsSteps())
+      sortBy(score);
     std::vector<double> want(chosen);
     for (int64_t j = 0; j < chosen; ++j) {
-      want[j] = std::exp(double(row[order[j]]) - row[order[0]]) / total;
+      want[j] = score(order[j]);
       sum += want[j];
     }
     for (int64_t j = 0; j < chosen; ++j) {
       if (renormalize)
-        want[j] /= sum + epsilon;
-      want[j] *= scale;
+        want[j] = step(want[j] / step(step(sum) + epsilon));
+      want[j] = rounded(spec.router.roundsWeights(), step(want[j] * scale));
       if (got[j] != order[j])
         fail("{0}: token {1} slot {2} expected expert {3}, but got {4}", name, t, j, order[j],
              got[j]);
       // logit - largest logit is rounded before exp: half an ulp of it is a relative error here.
       double bound = 1e-6 + 1.2e-7 * std::fabs(double(row[order[j]]) - row[order[0]]);
+      if (spec.router.roundsWeights() || spec.router.roundsSteps()) {
+        bound = 1.0 / 128; // the other side of a rounding
+        if (!sameBits(gotWeights[j], fromBF16(toBF16(gotWeights[j]))))
+          fail("{0}: token {1} slot {2} expected a weight in bf16, but got {3}", name, t, j,
+               gotWeights[j]);
+      }
       bool close = std::isnan(want[j]) ? std::isnan(gotWeights[j])
                    : want[j] == 0 ? gotWeights[j] == 0
                                   : std::fabs(gotWeights[j] - want[j]) <= bound * want[j] + 1e-37;
@@ -1022,10 +1042,25 @@ int main(int argc, char **argv) {
             renormalize && variant % 3 ? 1e-20 : 0.0, /*norm_p=*/2.0, variant % 5 ? 1.0 : 2.5,
             RouterPrecision::F32, RouterInput::Plain, LogitTransformAttr(), Selection::TopK,
             SelectionBias::None, GroupsAttr(), /*extra_rows=*/0, /*input_epsilon=*/0.0,
-            /*jitter=*/0.0);
+            /*jitter=*/0.0, RouterArithmetic::UpcastLogits, RouterPrecision::Model);
         SelectKernelSpec spec{*level, s.experts, router};
         spec.copyLogits = variant % 2;
         selects.push_back(spec);
+      }
+  // As models round in bf16.
+  for (RouterArithmetic arithmetic :
+       {RouterArithmetic::CastInputs, RouterArithmetic::UpcastLogits, RouterArithmetic::ModelDtype})
+    for (RouterOrder order : {RouterOrder::ScoreThenSelect, RouterOrder::SelectThenScore})
+      for (RouterPrecision weights : {RouterPrecision::F32, RouterPrecision::Model}) {
+        auto router = RouterAttr::get(
+            &context, ScoreFunction::Softmax, order, /*top_k=*/6,
+            order == RouterOrder::ScoreThenSelect ? Renormalize::Sum : Renormalize::None,
+            /*epsilon=*/0.0, /*norm_p=*/2.0, /*scale=*/1.5, RouterPrecision::Model,
+            RouterInput::Plain, LogitTransformAttr(), Selection::TopK, SelectionBias::None,
+            GroupsAttr(), /*extra_rows=*/0, /*input_epsilon=*/0.0, /*jitter=*/0.0, arithmetic,
+            weights);
+        selects.push_back({*level, /*experts=*/40, router, /*expertScale=*/false,
+                           /*copyLogits=*/true});
       }
   llvm::erase_if(packs, [&](const PackKernelSpec &s) { return !wanted(s.getName()); });
   // Rounding what is bf16 already is the same function.

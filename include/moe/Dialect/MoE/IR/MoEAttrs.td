@@ -124,6 +124,11 @@ def MoE_RouterPrecision : MoE_I32Enum<"RouterPrecision", "arithmetic of the rout
   I32EnumAttrCase<"F32", 0, "f32">,
   I32EnumAttrCase<"Model", 1, "model">,
 ]>;
+def MoE_RouterArithmetic : MoE_I32Enum<"RouterArithmetic", "where a model rounds in its router", [
+  I32EnumAttrCase<"CastInputs", 0, "cast_inputs">,
+  I32EnumAttrCase<"UpcastLogits", 1, "upcast_logits">,
+  I32EnumAttrCase<"ModelDtype", 2, "model_dtype">,
+]>;
 def MoE_LogitTransformKind : MoE_I32Enum<"LogitTransformKind", "a function applied to every logit", [
   I32EnumAttrCase<"Scale", 0, "scale">,
   I32EnumAttrCase<"Softcap", 1, "softcap">,
@@ -178,6 +183,12 @@ def MoE_RouterAttr : MoE_Attr<"Router", "router"> {
     `input` = `rms_norm`: W is multiplied with x / rms(x) · input_scale · H^-½, where rms(x) is
     the root of the mean of x² plus `input_epsilon`.
 
+    `precision` = `f32`: nothing is rounded to less than f32. `model`: numbers are rounded to the
+    format x is rounded to where the model's own code rounds them. `model_arithmetic` says where:
+    `cast_inputs` nowhere; `upcast_logits` the factors of `rms_norm` and the logits; `model_dtype`
+    the result of every step, but for the sum with the selection bias, which models keep in f32.
+    `weight_dtype` = `model`: also the weights at the very end.
+
     `select` = `sparse_mixer` chooses two experts: the best, and the best of the others. The weight
     of each is its softmax over those z that are left after leaving out, for the second, the first
     choice, and every z with (m − z) / max(|z|, m) > 2·`jitter`, m being the chosen logit.
@@ -206,10 +217,27 @@ def MoE_RouterAttr : MoE_Attr<"Router", "router"> {
     OptionalParameter<"GroupsAttr">:$groups,
     DefaultValuedParameter<"int64_t", "0">:$extra_rows,
     MoE_DefaultReal<"0.0", "added to the mean square of rms_norm">:$input_epsilon,
-    MoE_DefaultReal<"0.0", "threshold of sparse_mixer">:$jitter);
+    MoE_DefaultReal<"0.0", "threshold of sparse_mixer">:$jitter,
+    DefaultValuedParameter<"RouterArithmetic", "RouterArithmetic::UpcastLogits">:$model_arithmetic,
+    DefaultValuedParameter<"RouterPrecision", "RouterPrecision::Model">:$weight_dtype);
   let assemblyFormat = "`<` struct(params) `>`";
   let genVerifyDecl = 1;
   let extraClassDeclaration = [{
+    /// What `precision` = model rounds to the format of x.
+    bool roundsLogits() const {
+      return getPrecision() == RouterPrecision::Model &&
+             getModelArithmetic() != RouterArithmetic::CastInputs;
+    }
+    bool roundsSteps() const {
+      return getPrecision() == RouterPrecision::Model &&
+             getModelArithmetic() == RouterArithmetic::ModelDtype;
+    }
+    bool roundsWeights() const {
+      return getPrecision() == RouterPrecision::Model &&
+             getWeightDtype() == RouterPrecision::Model;
+    }
+    /// The same with another precision.
+    RouterAttr withPrecision(RouterPrecision precision) const;
     /// The name of the first attribute value that has no lowering on any target, as
     /// "selection_bias = score", or an empty string.
     std::string getUnimplemented() const;

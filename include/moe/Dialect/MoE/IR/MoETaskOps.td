@@ -123,7 +123,8 @@ def MoE_NormalizeRowsOp : MoE_Op<"normalize_rows"> {
   let summary = "normalise the rows of a packed block in place";
   let description = [{
     Every row r of the `count` rows of the rows16 block `a`, K = rows of `scale`, becomes
-    a[r, c] · f(r) · scale[c] · K^-½ with f(r) = 1 / √(Σ a[r, c]² / K + epsilon), all in f32.
+    a[r, c] · f(r) · scale[c] · K^-½ with f(r) = 1 / √(Σ a[r, c]² / K + epsilon), all in f32;
+    `rounded`: every product is rounded to bf16.
 
     Example:
 
@@ -136,10 +137,12 @@ def MoE_NormalizeRowsOp : MoE_Op<"normalize_rows"> {
     Arg<Index, "rows of the block">:$count,
     Arg<MoE_F32Vector, "packed block", [MemRead, MemWrite]>:$a,
     Arg<MoE_VectorWeight, "factor of each column">:$scale,
-    F64Attr:$epsilon);
+    F64Attr:$epsilon,
+    UnitAttr:$rounded);
   let assemblyFormat = [{
     `count` `(` $count `)` `a` `(` $a `:` type($a) `)`
-    `scale` `(` $scale `:` qualified(type($scale)) `)` `epsilon` `=` $epsilon attr-dict
+    `scale` `(` $scale `:` qualified(type($scale)) `)` `epsilon` `=` $epsilon
+    (`rounded` $rounded^)? attr-dict
   }];
 }
 
@@ -234,7 +237,8 @@ def MoE_SelectExpertsOp : MoE_Op<"select_experts", [AttrSizedOperandSegments]> {
   let description = [{
     Rows 0 … count−1 of the logits scratch belong to tokens first … first + count − 1. Computes what
     `moe.router` computes after the matmul and writes rows first … of the outs; when a third out is
-    given, the E real columns of the logits are copied to it. The scratch is used up.
+    given, the E real columns of the logits are copied to it. The scratch is used up. What a router
+    of `precision` = model rounds is rounded to bf16.
 
     Constraints: (C1) outs are weights f32[T, K] and experts i32[T, K] with K = `top_k`; (C2) the
     scratch is at least E wide; (C3) E is given when the scratch is padded; (C4) selection_bias and
