@@ -1,6 +1,6 @@
 """Peak memory of accelerate(model, weights="drop") on a model that fills half of memory.
 
-    python benchmarks/drop_memory.py [--gb 11]
+    python benchmarks/drop_memory.py [--gb 11] [--model olmoe]
 
 A random bf16 model of OLMoE's width with as many layers as fill the wanted part of memory. Printed:
 resident memory before, the peak while it is accelerated (the kernel's own count, reset before),
@@ -15,7 +15,7 @@ import time
 
 import moec.transformers as mt
 import torch
-from transformers_speed import make
+from transformers_speed import MODELS, make
 
 
 def resident() -> tuple[float, float]:
@@ -38,13 +38,16 @@ def swapped() -> int:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--gb", type=float, help="size of the model; default: half of memory")
+    p.add_argument("--model", choices=MODELS, default="olmoe")
     a = p.parse_args()
     with open("/proc/meminfo") as f:
         total = int(dict(line.split(":", 1) for line in f)["MemTotal"].split()[0]) * 1024
     wanted = a.gb * 1e9 if a.gb else total / 2
-    layer = 3 * 64 * 2048 * 1024 * 2
+    sizes = MODELS[a.model][1]
+    experts = sizes.get("num_experts") or sizes["num_local_experts"]
+    layer = 3 * experts * sizes["hidden_size"] * sizes["intermediate_size"] * 2
     layers = max(1, round(wanted / layer))
-    model = make("olmoe", layers)
+    model = make(a.model, layers)
     weights = sum(p.nbytes for p in model.parameters()) / 1e9
     print(f"memory {total / 1e9:.1f} GB, model {weights:.2f} GB, {layers} layers")
     print(f"one layer's experts: {layer / 1e9:.2f} GB")
@@ -52,7 +55,7 @@ def main() -> None:
     pages = swapped()
     reset_peak()
     begin = time.monotonic()
-    report = mt.accelerate(model, weights="drop", router="f32")
+    report = mt.accelerate(model, weights="drop")
     seconds = time.monotonic() - begin
     if not report.done:
         sys.exit(str(report))

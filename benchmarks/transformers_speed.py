@@ -9,8 +9,8 @@ machine does meets all of them:
 
     eager, grouped_mm   transformers' own experts
     moec                experts_implementation="moec": torch's router, our experts
-    accelerate          whole blocks by mt.accelerate (router="f32": bf16 routers stay torch's else)
-    accelerate-torch    the same on torch's own OpenMP threads (mt.torch_executor), with --executors
+    accelerate          whole blocks by mt.accelerate, on torch's own threads
+    accelerate-pool     the same on a pool of other threads, with --executors
 
 prefill: one forward of a prompt, without the head (torch copies its whole matrix for the last token
 of many, which takes longer than two layers). decode: generate(n + 1 tokens) less generate(1 token),
@@ -114,12 +114,12 @@ class Ways:
         self.model, self.plans = model, {}
         self._install("accelerate", None)
         if executors:
-            self._install("accelerate-torch", mt.torch_executor())
+            self._install("accelerate-pool", moec.Pool())
 
     def _install(self, name: str, executor: object) -> None:
         mt.use_threads(executor)
         mt._live._shelves.clear()  # libraries of the executor before
-        report = mt.accelerate(self.model, router="f32")
+        report = mt.accelerate(self.model)
         if not report.done:
             sys.exit(str(report))
         mt.use_threads(None)
@@ -127,15 +127,14 @@ class Ways:
         for module in self.model.modules():
             plan = module.__dict__.get("_moec_block")
             if plan is not None:
-                found.append((plan, plan.block.forward, plan.experts.forward))
-                for key in ("_moec_block", "_moec_name"):
-                    del plan.experts.__dict__[key]
+                found.append((plan, [(one, one.forward) for one in plan.replaced]))
+                del plan.experts.__dict__["_moec_block"]
         self.plans[name] = found
         self._off(name)
 
     def _off(self, name: str) -> None:
-        for plan, *_ in self.plans[name]:
-            for module in (plan.block, plan.experts):
+        for plan, replaced in self.plans[name]:
+            for module, _ in replaced:
                 module.__dict__.pop("forward", None)
             plan.experts.__dict__.pop("_moec_live", None)
             plan.experts.__dict__.pop("_moec_block", None)
@@ -147,8 +146,9 @@ class Ways:
         for other in self.plans:
             self._off(other)
         if name in self.plans:
-            for plan, block, experts in self.plans[name]:
-                plan.block.forward, plan.experts.forward = block, experts
+            for plan, replaced in self.plans[name]:
+                for module, forward in replaced:
+                    module.forward = forward
                 plan.experts.__dict__["_moec_block"] = plan
             return
         if name == "moec":
@@ -193,7 +193,7 @@ def main() -> None:
     p.add_argument("--prompt", type=int, default=256, help="tokens of a prefill")
     p.add_argument("--new", type=int, default=16, help="decoded tokens")
     p.add_argument("--blocks", type=int, default=5)
-    p.add_argument("--executors", action="store_true", help="also on torch's threads")
+    p.add_argument("--executors", action="store_true", help="also on a pool of our own")
     p.add_argument("--out", help="JSON")
     a = p.parse_args()
     layers = a.layers or MODELS[a.model][2]

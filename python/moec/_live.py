@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import moec
+from moec import _threads
 from moec._cache import library_folder
 from moec._semantics import refuse
 
@@ -30,10 +31,6 @@ DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 # (role, tensor): what moec_set_weight is given. The tensor may be a view of a parameter.
 Weights = Iterator[tuple[str, torch.Tensor]]
-
-
-# Where the layers run: what moec.load takes as threads. See moec.transformers.use_threads.
-executor: Any = None
 
 
 class _Shelf:
@@ -51,7 +48,7 @@ class _Shelf:
     def take(self) -> moec.Layer:
         with self.lock:
             if not self.free:
-                library = moec.load(self.folder, load="none", threads=executor)
+                library = moec.load(self.folder, load="none", threads=_threads.executor())
                 self.free = list(library.layers)[::-1]
             return self.free.pop()
 
@@ -213,11 +210,19 @@ class Live:
         finally:
             self._leave()
 
-    def block(self, x: torch.Tensor) -> torch.Tensor:
-        """The whole layer, router and all."""
+    def block(self, x: torch.Tensor, routing: bool = False) -> Any:
+        """The whole layer, router and all; routing: (y, ids, weights)."""
         self._enter()
         try:
-            return self.layer(_plain(x))
+            return self.layer(_plain(x), routing=routing)
+        finally:
+            self._leave()
+
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(ids, weights, logits) of a layer whose router reads x alone."""
+        self._enter()
+        try:
+            return self.layer.route(_plain(x), logits=True, router_x=_plain(x))
         finally:
             self._leave()
 

@@ -93,12 +93,13 @@ class Layer:
         *,
         out: Tensor | None = None,
         accumulate: bool = False,
+        routing: bool = False,
         token_ids: Tensor | None = None,
         token_types: Tensor | None = None,
         sequences: Tensor | None = None,
         router_x: Tensor | None = None,
         state: Tensor | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
     def route(
         self,
         x: Tensor,

@@ -160,12 +160,37 @@ def experts_spec(layer: dict[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-def block_spec(layer: dict[str, Any], dtype: str, router: str) -> dict[str, Any]:
+def dense_spec(layer: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A spec of dense networks. layer: H, F and expert."""
+    slots = {"index": f"0-{SLOTS - 1}", "name": "layers.{i}", "kind": "dense"}
+    return {"schema": 1, "name": "dense", "dtype": dtype, "layers": [{**layer, **slots}]}
+
+
+def router_precision(library: Any, name: str) -> str:
+    """How the router of a library's layer rounds: "f32" or "model"."""
+    with open(os.path.join(library.path, "manifest.json")) as f:
+        layers = expand_layers(json.load(f)["spec"])
+    layer = next(layer for layer in layers if layer["name"] == name)
+    return layer.get("router", {}).get("precision", "f32")
+
+
+def rounds_nowhere(layer: dict[str, Any]) -> bool:
+    """Whether the model's own router is in f32 all through."""
+    router = layer["router"]
+    in_f32 = router.get("model_arithmetic") == "cast_inputs"
+    return in_f32 and router.get("weight_dtype", "model") == "f32"
+
+
+def block_spec(
+    layer: dict[str, Any], dtype: str, router: str, matrix: str | None = None
+) -> dict[str, Any]:
     """A spec of whole blocks. router: "model": rounds as transformers' own, which in f32 is the
-    same as "f32"."""
+    same as "f32". matrix: format of the router's, if it is not the experts'."""
     body = {key: value for key, value in layer.items() if key not in ("weights", "origins")}
     if dtype != "f32" and router == "model":
         body["router"] = {**body["router"], "precision": "model"}
+    if matrix not in (None, dtype):
+        body["weights"] = {"router": {"format": matrix}}
     return {
         "schema": 1,
         "name": "block",

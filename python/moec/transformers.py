@@ -19,19 +19,20 @@ Messages go to the logger "moec.transformers".
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from transformers import PreTrainedModel
+from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from moec import _live, torch_op
 from moec._accelerate import Report, accelerate, restore
 from moec._live import Live, take_layer
+from moec._modules import index_of, name_experts, name_modules
 from moec._semantics import check_class, experts_spec, layer_of, refuse
+from moec._threads import torch_executor, use_threads
 from moec._views import experts_weights, watched
 
 __all__ = ["Report", "accelerate", "prepare", "refresh", "restore", "torch_executor", "use_threads"]
@@ -49,18 +50,29 @@ def experts_forward(
 ) -> torch.Tensor:
     """What an Experts module calls under experts_implementation="moec"."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return torch.ops.moec.run(
-            hidden_states,
-            _name_of(experts),
-            top_k_index,
-            top_k_weights,
-            experts.down_proj if experts.down_proj.requires_grad else None,
-        )
+        anchor = experts.down_proj if experts.down_proj.requires_grad else None
+        wanted = anchor is not None or hidden_states.requires_grad or top_k_weights.requires_grad
+        if wanted or torch.compiler.is_compiling():
+            name = _name_of(experts)
+            return torch_op.run(hidden_states, name, top_k_index, top_k_weights, anchor)
     live = experts.__dict__.get("_moec_live") or _make_live(experts)
     return live.experts(hidden_states, top_k_index, top_k_weights)
 
 
+def quantized_experts_forward(experts: torch.nn.Module, *args: Any) -> NoReturn:
+    """What experts that transformers has quantized call."""
+    formats = {str(p.dtype).removeprefix("torch.") for p in experts.parameters()}
+    refuse(
+        type(experts).__qualname__,
+        "weights in float32 or bfloat16",
+        f"quantized ones ({', '.join(sorted(formats))})",
+        "load the model with dequantize=True in its quantization configuration, or compile the "
+        "checkpoint with moec compile, which decodes fp8 and mxfp4",
+    )
+
+
 ExpertsInterface.register("moec", experts_forward)
+FP8ExpertsInterface.register("moec", quantized_experts_forward)
 
 
 def _name_of(experts: torch.nn.Module) -> str:
@@ -87,11 +99,11 @@ def _make_live(experts: torch.nn.Module) -> Live:
         if live is not None:
             return live
         if "_moec_path" not in experts.__dict__:
-            _name_modules()
+            name_modules()
         path = experts.__dict__.get("_moec_path")
         check_class(experts)
         down = _live.check_tensor("down_proj", experts._parameters.get("down_proj"))
-        layer = layer_of(experts, _index_of(path))
+        layer = layer_of(experts, index_of(path))
         spec = experts_spec(layer, _live.DTYPES[down.dtype])
         taken, shelf = take_layer(spec, experts.config)
         live = Live(
@@ -104,31 +116,6 @@ def _make_live(experts: torch.nn.Module) -> Live:
         experts.__dict__["_moec_live"] = live
         experts.__dict__["_moec_name"] = torch_op.add_live(live)
         return live
-
-
-def _index_of(path: str | None) -> int | None:
-    """The decoder layer's number in "model.layers.3.mlp"."""
-    numbers = [int(part) for part in (path or "").split(".") if part.isdigit()]
-    return numbers[0] if numbers else None
-
-
-def _name_modules() -> None:
-    """Tells all experts of all models where they are: a module does not know its own name."""
-    for model in [o for o in gc.get_objects() if issubclass(type(o), PreTrainedModel)]:
-        name_experts(model)
-
-
-def name_experts(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The model's dispatched experts by the name of their block."""
-    found = {}
-    for path, module in model.named_modules():
-        if hasattr(type(module), "_apply_gate") and "_is_expert_parallel" in module.__dict__:
-            block = path.rpartition(".")[0] or path
-            found[block] = module
-            # The outermost model that holds them knows the longest name.
-            if len(block) > len(module.__dict__.get("_moec_path", "")):
-                module.__dict__["_moec_path"] = block
-    return found
 
 
 def prepare(model: torch.nn.Module) -> Report:
@@ -153,21 +140,3 @@ def refresh(model: torch.nn.Module) -> None:
         for live in (module.__dict__.get("_moec_live"), plan and plan.live):
             if live is not None:
                 live.refresh()
-
-
-def use_threads(threads: Any) -> None:
-    """Where layers that are made from now on run: None, a number, or an executor (moec.load)."""
-    _live.executor = threads
-
-
-def torch_executor(lanes: int = 0) -> Any:
-    """An executor that runs on the OpenMP threads torch uses, instead of on threads beside them."""
-    from moec._moec import OpenMP
-
-    with open("/proc/self/maps") as f:
-        paths = {line.split(maxsplit=5)[5].strip() for line in f if "libgomp" in line}
-    if not paths:
-        refuse("torch_executor", "GNU OpenMP, loaded by torch", "none", name="E-ARGUMENT")
-    # Several copies: torch's own lies in torch's folder or in torch.libs beside it.
-    ours = sorted(paths, key=lambda path: "torch" not in path)
-    return OpenMP(ours[0], lanes)

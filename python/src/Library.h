@@ -165,7 +165,10 @@ public:
     nb::object routerX, tokenIds, tokenTypes, sequences, state;
   };
 
-  nb::object call(nb::handle xObject, nb::object out, bool accumulate, const Inputs &inputs) {
+  nb::object call(nb::handle xObject, nb::object out, bool accumulate, bool routing,
+                  const Inputs &inputs) {
+    if (routing && info.kind)
+      raise(MOEC_E_ARGUMENT, std::string(info.name) + ": routing", "a MoE layer", "a dense one");
     Tensor x, y;
     x.read(xObject, "x");
     x.flatten("x");
@@ -173,7 +176,7 @@ public:
     MOEC_INIT(call);
     Tensor extra[5];
     attach(call, inputs, extra);
-    if (!recorder() || info.kind)
+    if (!routing && (!recorder() || info.kind))
       return finish(call, x, y, std::move(out), accumulate);
     Tensor ids, weights;
     int64_t chosen[2] = {x.rows(), info.K};
@@ -182,8 +185,9 @@ public:
     call.experts_out = ids.get();
     call.weights_out = weights.get();
     nb::object result = finish(call, x, y, std::move(out), accumulate);
-    record(idObject, weightObject);
-    return result;
+    if (recorder())
+      record(idObject, weightObject);
+    return routing ? nb::object(nb::make_tuple(result, idObject, weightObject)) : result;
   }
 
   nb::object experts(nb::handle xObject, nb::handle idObject, nb::handle weightObject,

@@ -142,18 +142,20 @@ NB_MODULE(_moec, m) {
       .def_prop_ro("library", [](const Layer &l) { return l.library; })
       .def(
           "__call__",
-          [](Layer &l, nb::handle x, nb::object out, bool accumulate, nb::object tokenIds,
-             nb::object tokenTypes, nb::object sequences, nb::object routerX, nb::object state) {
-            return l.call(x, std::move(out), accumulate,
+          [](Layer &l, nb::handle x, nb::object out, bool accumulate, bool routing,
+             nb::object tokenIds, nb::object tokenTypes, nb::object sequences, nb::object routerX,
+             nb::object state) {
+            return l.call(x, std::move(out), accumulate, routing,
                           {std::move(routerX), std::move(tokenIds), std::move(tokenTypes),
                            std::move(sequences), std::move(state)});
           },
           "x"_a.none(), nb::kw_only(), "out"_a = nb::none(), "accumulate"_a = false,
-          "token_ids"_a = nb::none(), "token_types"_a = nb::none(), "sequences"_a = nb::none(),
-          "router_x"_a = nb::none(), "state"_a = nb::none(),
+          "routing"_a = false, "token_ids"_a = nb::none(), "token_types"_a = nb::none(),
+          "sequences"_a = nb::none(), "router_x"_a = nb::none(), "state"_a = nb::none(),
           "y [..., H] = the layer of x [..., H].\n\n"
           "out: written instead of a new tensor; f32 or bf16, may not overlap x.\n"
           "accumulate: out += the layer of x.\n"
+          "routing: (y, ids, weights) instead, as route gives them.\n"
           "The other arguments are inputs that some layers need: see info.needs.")
       .def(
           "route",

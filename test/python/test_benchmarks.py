@@ -95,3 +95,34 @@ def test_fixed_cost():
     assert done.returncode == 0, done.stderr
     for kind in ("whole layer", "experts given", "route only"):
         assert done.stdout.count(kind) == 2
+
+
+@pytest.mark.parametrize(
+    "script, arguments, says",
+    [
+        (
+            "transformers_speed.py",
+            ("tiny", "--blocks", 2, "--new", 2, "--prompt", 8, "--executors"),
+            ("| grouped_mm |", "| moec |", "| accelerate |", "| accelerate-pool |"),
+        ),
+        (
+            "drop_memory.py",
+            ("--model", "tiny", "--gb", 0.0003),
+            ("2 layers", "peak", "restore", "pages swapped out: "),
+        ),
+        (
+            "call_overhead.py",
+            ("--blocks", 3, "--calls", 10),
+            ("| layer |", "| live |", "| operation |", "| empty operation |"),
+        ),
+    ],
+)
+def test_scripts_of_transformers(script, arguments, says, tmp_path):
+    """Every script of the measurements through transformers runs to its end."""
+    environment = dict(os.environ, PYTHONPATH=str(BUILD / "python"), MOEC_CACHE=str(tmp_path))
+    more = ("--out", tmp_path / "speed.json") if script == "transformers_speed.py" else ()
+    done = run(ROOT / "benchmarks" / script, *arguments, *more, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert all(text in done.stdout for text in says), done.stdout
+    if more:
+        assert "accelerate-pool" in (tmp_path / "speed.json").read_text()
