@@ -24,6 +24,12 @@ from test_transformers_rows import PARTS, make
 mt = pytest.importorskip("moec.transformers")
 
 TOKENS = 256
+# Every arithmetic, order and kind of weights once; --full takes all families.
+FAMILIES = ("qwen2_moe-norm", "minimax_m2", "granitemoeshared", "deepseek_v3", "ernie4_5_moe")
+FAMILIES += ("lfm2_moe", "gpt_oss", "gemma4", "llama4", "phimoe")
+# Each has tensors or a structure of its own around the experts.
+ROWS = ("gpt_oss", "gemma4_text", "granitemoeshared", "ernie4_5_moe")
+MORE_ROWS = ("qwen2_moe", "lfm2_moe", "hunyuan_v1_moe")
 # Families whose routers compute in f32 from inputs of any format: both precisions are the same.
 IN_F32 = ("deepseek", "kimi", "glm4", "hunyuan", "ernie")
 
@@ -36,8 +42,10 @@ class Router:
         kind, config = type(family.model), family.model.config
         model = kind.from_pretrained(family.path, config=config, dtype=torch.bfloat16).eval()
         layers = moec.load(path, cpu_level=LEVELS[-1]).layers
-        pairs = zip(layers, families.layers_of(model, row), strict=True)
-        self.ours, self.theirs = next(p for p in pairs if p[1].kind == "moe")
+        named = {layer.name: layer for layer in layers}
+        theirs = families.layers_of(model, row)
+        self.theirs = next(t for t in theirs if t.kind == "moe" and t.name in named)
+        self.ours = named[self.theirs.name]
         spec = json.loads((path / "manifest.json").read_text())["spec"]
         self.spec = next(s for s in expand_layers(spec) if s["name"] == self.ours.name)
         self.x = oracle.tokens(TOKENS, self.theirs.spec["H"], "bf16")
@@ -59,13 +67,23 @@ class Router:
         return (round_bf16(z - margin) == round_bf16(z + margin)).all(-1)
 
 
-@pytest.fixture(scope="module", params=list(families.FAMILIES))
+def pytest_generate_tests(metafunc):
+    full = metafunc.config.getoption("--full")
+    if "router" in metafunc.fixturenames:
+        names = list(families.FAMILIES) if full else FAMILIES
+        metafunc.parametrize("router", names, indirect=True, scope="module")
+    if "row" in metafunc.fixturenames:
+        metafunc.parametrize("row", (*ROWS, *MORE_ROWS) if full else ROWS)
+
+
+@pytest.fixture(scope="module")
 def router(request, tmp_path_factory):
     driver()
     folder = tmp_path_factory.mktemp(request.param)
     family = families.make_family(request.param, "bf16", folder)
     path = folder / "out.moec"
-    options = ("--router", "model", "--quiet", "--cpu", LEVELS[-1])
+    index = next(i.name.split(".")[2] for i in family.layers if i.kind == "moe")
+    options = ("--router", "model", "--quiet", "--cpu", LEVELS[-1], "--layers", index)
     moec_command("compile", family.path, "-o", path, *options)
     made = Router(path, family, families.FAMILIES[request.param][0])
     made.name = request.param
@@ -130,11 +148,6 @@ def test_f32_chooses_others(router, tmp_path):
     assert (exact.logits != router.reference.routing(router.x).logits).any()
 
 
-# Each has tensors or a structure of its own around the experts.
-ROWS = ("qwen2_moe", "gpt_oss", "gemma4_text", "granitemoeshared", "ernie4_5_moe", "lfm2_moe")
-
-
-@pytest.mark.parametrize("row", [*ROWS, "hunyuan_v1_moe"])
 @torch.no_grad()
 def test_accelerate_chooses_as_the_model_does(row, tmp_path):
     """Whole bf16 models as from_pretrained loads them: no router stays torch's, and each chooses
@@ -177,7 +190,9 @@ def test_precision_of_a_given_library(compiled, tmp_path):
     assert mt.accelerate(model, library=library, router="f32").done
     mt.restore(model)
     path = tmp_path / "model.moec"
-    moec_command("compile", checkpoint.path, "-o", path, "--router", "model", "--quiet")
+    moec_command(
+        "compile", checkpoint.path, "-o", path, "--router", "model", "--quiet", "--cpu", LEVELS[-1]
+    )
     assert mt.accelerate(model, library=moec.load(path)).done
     mt.restore(model)
     assert "--router f32" in str(mt.accelerate(model, library=moec.load(path), router="f32"))
