@@ -69,6 +69,8 @@ struct TensorInfo {
 
 /// "F32 [2,3]", for messages.
 std::string describe(const TensorInfo &tensor);
+/// "[8,64]".
+std::string shapeText(llvm::ArrayRef<int64_t> shape);
 
 /// One .safetensors file, header read and checked.
 class SafetensorsFile {
