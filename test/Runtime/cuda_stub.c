@@ -195,14 +195,25 @@ API int cuModuleUnload(void *m) {
   --modules;
   return 0;
 }
-/* A function is the address of its name in the image. */
+/* A function is its name, kept for as long as the process. */
+static struct kept {
+  struct kept *next;
+  char name[];
+} *names;
 API int cuModuleGetFunction(void **function, void *from, const char *name) {
   ENTER("cuModuleGetFunction");
   const module *m = from;
   const size_t n = strlen(name);
   for (size_t i = 0; i + n <= m->bytes; ++i)
     if (!memcmp(m->data + i, name, n) && (!i || m->data[i - 1] < '0' || m->data[i - 1] == '.')) {
-      *function = strdup(name); /* as long-lived as the process: there are few */
+      struct kept *k = malloc(sizeof *k + n + 1);
+      if (!k)
+        return OUT_OF_MEMORY;
+      pthread_mutex_lock(&mutex);
+      k->next = names;
+      names = k;
+      pthread_mutex_unlock(&mutex);
+      *function = memcpy(k->name, name, n + 1);
       return 0;
     }
   return NOT_FOUND;
