@@ -47,7 +47,9 @@ namespace moec::tool {
 /// Everything to keep goes under <stage>/crash, which is there from the start: a handler in a
 /// process out of memory should not have to make folders.
 static std::string crashFile(llvm::StringRef name) {
-  return (stageFolder + "/crash/" + name).str();
+  // Never destroyed: a process can crash while it exits.
+  static const std::string &folder = *new std::string(stageFolder + "/crash/");
+  return folder + name.str();
 }
 
 void noteForCrash(llvm::StringRef name, llvm::StringRef contents) {
@@ -96,6 +98,7 @@ static void onFatalError(void *, const char *reason, bool) {
 }
 
 void installCrashHandlers() {
+  (void)crashFile("");
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
   rlimit none = {0, 0};
   ::setrlimit(RLIMIT_CORE, &none);

@@ -286,7 +286,7 @@ static std::string planText(const ModelSpec &spec, const Request &request, bool 
   uint64_t parts = codes.size() * request.pipeline.levels.size();
   PackPlan plan(spec.layers, request.threads);
   double compileSeconds = 1 + 1.0 * parts;
-  double packSeconds = packs ? packed / 0.6e9 / plan.workers : 0;
+  double packSeconds = packs ? packed / std::min(0.6e9 * plan.workers, 1.5e9) : 0;
   // As measured: the process with LLVM in it, the code of one layer at one level, and what is kept
   // of a tensor's name and place. Code is finished before packing begins, but not given back.
   uint64_t memory = 140'000'000 + 12'000'000 * parts + 800 * tensors + (packs ? plan.memory : 0);
