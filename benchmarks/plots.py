@@ -31,6 +31,7 @@ ORDER = [
     "hf-grouped",
     "hf-eager",
     "torch-dense",
+    "read",
 ]
 DENSE = {"moec-dense", "torch-dense"}
 
@@ -162,7 +163,7 @@ def ratio_picture(rows, title: str) -> Picture | None:
         for peer in peers_of(rows):
             for row in rows:
                 if row["tokens"] == tokens and row["peer"] == peer and "over_moec" in row:
-                    if peer in DENSE:
+                    if peer in DENSE or peer == "read":
                         continue
                     r = row["over_moec"]
                     items.append((peer, r["median"], r["q1"], r["q3"], colour(peer)))
