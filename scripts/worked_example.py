@@ -86,7 +86,9 @@ def shown(compiler: Path) -> dict[str, str]:
     up = between(tile, 'moe.stage "up"', 'moe.stage "down"')
     tiles = between(up, "moe.gemm_tile", "moe.yield")
     first = up.index(tiles[0])
-    task = up[first - 1 : first + len(tiles) + 2]  # with the loop over panels around it
+    # With the loop over panels around it, without the addresses made there.
+    panels = max(i for i, line in enumerate(up[:first]) if "scf.for" in line)
+    task = [up[panels], *up[first : first + len(tiles) + 2]]
     # The switch of the up stage is the one that calls the kernels with the activation.
     entry = function(kernels, "f0_v4_bf16_bf16")
     calls = [i for i, line in enumerate(entry) if re.search(r"blocked2_", line)]

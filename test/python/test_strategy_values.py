@@ -15,7 +15,7 @@ CONFIG = {
     "num_experts_per_tok": 2,
     "dtype": "bfloat16",
 }
-FIELDS = ["rows", "panels", "prefetch", "chunk_rows", "panels_per_task"]
+FIELDS = ["rows", "panels", "prefetch", "ahead", "k_block", "chunk_rows", "panels_per_task"]
 NUMBERS = [-1, 0, 3, 5, 17, 1 << 31, (1 << 63) - 1, -(1 << 63)]
 OTHERS = [1.5, 1e300, 1 << 64, "3", "", None, True, [], [3], {}, "a_first", "automatic"]
 

@@ -430,6 +430,8 @@ static llvm::json::Value fieldsOf(mlir::Operation *op) {
                             {"panels", kernel.getPanels()},
                             {"order", moe::stringifyKernelOrder(kernel.getOrder())},
                             {"prefetch", kernel.getPrefetch()},
+                            {"ahead", kernel.getAhead()},
+                            {"k_block", kernel.getKBlock()},
                             {"chunk_rows", strategy.getChunkRows()},
                             {"panels_per_task", strategy.getPanelsPerTask()}};
 }

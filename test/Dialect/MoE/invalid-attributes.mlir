@@ -171,3 +171,18 @@ func.func private @source_rows() attributes {test.attribute = #moe.source<"a", r
 // source_arrangement
 // expected-error @below {{expected arrangement to be per_expert or stacked, but got 'both'}}
 func.func private @source_arrangement() attributes {test.attribute = #moe.source<"a", arrangement = both>}
+
+// -----
+
+// expected-error @below {{expected ahead to be 0 or a divisor of 32, but got 5}}
+func.func private @ukernel_ahead() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 8, panels = 1, ahead = 5>}
+
+// -----
+
+// expected-error @below {{expected panels = 1 with ahead = 8, but got 2}}
+func.func private @ukernel_ahead_panels() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 4, panels = 2, ahead = 8>}
+
+// -----
+
+// expected-error @below {{and 0 unless product = tile_bf16, but got 16}}
+func.func private @ukernel_k_block() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 8, panels = 1, k_block = 16>}

@@ -177,3 +177,27 @@ func.func @gemm_tile_c6_weight(%n: index, %a: memref<?xbf16>, %h: memref<?xf32>,
       ukernel = #moe.ukernel<level = "avx512-bf16", rows = 2, panels = 1, product = dot_bf16>
   return
 }
+
+// -----
+
+// gemm_tile_c8
+func.func @gemm_tile_c8(%n: index, %a: memref<?xf32>, %h: memref<?xf32>,
+    %w: !moe.weight<4x1x40x33xf32, panel32>) {
+  // expected-error @below {{expected ahead exactly with a micro-kernel that has lines of it, but got ahead = 8 and no distance}}
+  moe.gemm_tile count(%n) a(%a : memref<?xf32>)
+      weight(%w[%n, %n] : !moe.weight<4x1x40x33xf32, panel32>) into blocked(%h : memref<?xf32>)
+      ukernel = #moe.ukernel<level = "x86-64-v4", rows = 2, panels = 1, ahead = 8>
+  return
+}
+
+// -----
+
+// gemm_tile_c9
+func.func @gemm_tile_c9(%n: index, %a: memref<?xbf16>, %h: memref<?xbf16>,
+    %w: !moe.weight<4x1x40x33xbf16, panel32>) {
+  // expected-error @below {{expected the clause k exactly with a k_block, but got k_block = 16 and no steps}}
+  moe.gemm_tile count(%n) a(%a : memref<?xbf16>)
+      weight(%w[%n, %n] : !moe.weight<4x1x40x33xbf16, panel32>) into blocked(%h : memref<?xbf16>)
+      ukernel = #moe.ukernel<level = "amx-bf16", rows = 32, panels = 1, product = tile_bf16, k_block = 16>
+  return
+}

@@ -202,7 +202,7 @@ func.func @buffers(%x: memref<?x32xf32>, %y: memref<?x32xf32>, %off: memref<9xi3
 func.func @tasks(%x: memref<?x2048xbf16, strided<[?, 1]>>, %y: memref<?x2048xbf16>,
     %pair: memref<?xi32>, %k: index, %a: memref<?xf32>, %h: memref<?xf32>,
     %scratch: memref<1x?x32xf32>, %logits: memref<?x64xf32>, %w: memref<?xf32>,
-    %wm: memref<?x8xf32>, %em: memref<?x8xi32>, %r: memref<?x1024xf32>, %acc: i1,
+    %wm: memref<?x8xf32>, %em: memref<?x8xi32>, %r: memref<?x1024xf32>, %acc: i1, %ab: memref<?xbf16>,
     %w1: !moe.weight<64x2x1024x2048xbf16, panel32>,
     %w2: !moe.weight<64x1x2048x1024xbf16, panel32>) {
   // CHECK: moe.stage "up" body(%[[LANE:.*]], %{{.*}}) {
@@ -240,6 +240,12 @@ func.func @tasks(%x: memref<?x2048xbf16, strided<[?, 1]>>, %y: memref<?x2048xbf1
         into combine(%scratch row %i : memref<1x?x32xf32>)
         via(%pair, %w slots %k : memref<?xi32>, memref<?xf32>) compute = bf16
         ukernel = #moe.ukernel<level = "x86-64-v4", rows = 14, panels = 1>
+    // CHECK: moe.gemm_tile {{.*}} ahead(%{{.*}}) k(%{{.*}} to %{{.*}}, %{{.*}} : memref<?xf32>) into blocked({{.*}} product = tile_bf16, ahead = 8, k_block = 16>
+    moe.gemm_tile count(%c1) a(%ab : memref<?xbf16>)
+        weight(%w2[%i, %lane] : !moe.weight<64x1x2048x1024xbf16, panel32>)
+        ahead(%k) k(%i to %c1, %a : memref<?xf32>) into blocked(%ab : memref<?xbf16>)
+        ukernel = #moe.ukernel<level = "amx-bf16", rows = 32, panels = 1, product = tile_bf16,
+                               ahead = 8, k_block = 16>
     // CHECK: moe.end_panels from(%{{.*}} : memref<1x?x32xf32>) into(%{{.*}} : memref<?x2048xbf16>) first(%{{.*}}) panels(1)
     moe.end_panels from(%scratch : memref<1x?x32xf32>) into(%y : memref<?x2048xbf16>)
         first(%i) panels(1)

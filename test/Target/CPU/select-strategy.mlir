@@ -27,7 +27,7 @@
 // BUDGET: illegal strategy:
 // BLOCKS: illegal strategy: expected rows 14 as in the matmul that wrote the blocks, but got 7
 // CHUNKS: illegal strategy: expected chunk_rows 504 as in the matmul before it, but got 28
-// FIELD: expected a strategy field (rows, panels, order, prefetch, chunk_rows, panels_per_task), but got `row`
+// FIELD: expected a strategy field (rows, panels, order, prefetch, ahead, k_block, chunk_rows, panels_per_task), but got `row`
 // NAME: expected strategy overrides to name a matmul, but got `*` / `matmul`, which matches none
 func.func @f0(%x: tensor<?x40xbf16> {moe.arg = "x"}, %y: tensor<?x40xbf16> {moe.arg = "y"},
     %w0: tensor<?x2xf32> {moe.arg = "weights"}, %e0: tensor<?x2xi32> {moe.arg = "experts"},

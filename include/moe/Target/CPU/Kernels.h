@@ -80,6 +80,10 @@ struct GemmKernelSpec {
   LoadOrder order = LoadOrder::Automatic;
   /// Distance in bytes at which the weights are prefetched; 0 for none.
   int64_t prefetch = 0;
+  /// Lines of later weights touched for every group of columns of `a`; 0 for none. One panel only.
+  int64_t ahead = 0;
+  /// TileBF16: calls make some of the steps of k, with the sums in memory between them.
+  bool steps = false;
   /// Weights in bf16 (with Fma widened exactly in registers) instead of f32.
   bool bf16Weights = false;
   /// DotBF16: rows32 block times weights in bf16 by vdpbf16ps; V4 only. TileBF16: by tdpbf16ps;
@@ -118,6 +122,10 @@ struct GemmKernelSpec {
   /// of the first cache to the loads. A tall one computes while the lines come, and wants them
   /// near.
   bool prefetchesL2() const { return rows <= 8; }
+  /// A tile of few rows waits for its own weights already.
+  bool touchesAhead() const {
+    return ahead && rows > (isTile() ? 16 : level == KernelLevel::V3 ? 2 : 8);
+  }
   /// Elements of an accumulator's register.
   int64_t getLanes() const { return getLevelLanes(level) / (isWide() ? 2 : 1); }
   /// Vector registers per panel.
@@ -141,10 +149,15 @@ struct GemmKernelSpec {
 
 /// Emits the kernel of `spec` at the builder's insertion point (a module body) under
 /// spec.getName(). Arguments:
-///   (ptr a, ptr b, i64 groups, i64 panel_bytes, ptr out, [i64 rows,] [ptr bias,] form...)
+///   (ptr a, ptr b, i64 groups, i64 panel_bytes, ptr out, [i64 rows,] [ptr bias,] form...,
+///    [i64 first, i64 end, ptr sums])
+///     first, end   with `steps`: the groups that this call is for, of `groups`; 1024 sums of f32
+///                  wait at `sums`, and the call whose end is `groups` leaves the result
 ///     a            rows16 block of spec.rows rows; rows32 for DotBF16 and TileBF16
 ///     bias         vector32 of the first panel: 32 floats a panel, lanes as in b
-///     b            first panel; the others follow `panel_bytes` apart
+///     b            first panel; the others follow `panel_bytes` apart. With `ahead`: what is
+///     touched
+///                  ahead begins `panel_bytes` after b
 ///     groups       columns of a in groups: ceil(K/16); for DotBF16 and TileBF16 ceil(K/32)
 ///     rows         TileBF16 alone: rows of the block, 1 to spec.rows. Such a kernel runs between
 ///     the

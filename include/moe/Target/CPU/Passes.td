@@ -58,10 +58,10 @@ def MoESelectStrategy : Pass<"moe-select-strategy", "::mlir::ModuleOp"> {
      "*": {"*": {"chunk_rows": 128}}}
     ```
     The outer key is a function's name or a pattern with `*`, the inner one `router`,
-    `grouped_matmul.<i>` (i-th of the function) or a pattern. Patterns apply in the order of the
-    file. Fields: rows, panels, order ("b_first" | "a_first"), prefetch, chunk_rows,
-    panels_per_task. The product is not one of them: rows and weights of bf16 at a level with such
-    products are multiplied as bf16 pairs in every variant, a router never is.
+    `grouped_matmul.<i>` (i-th of the function) or a pattern. Patterns apply from the shortest,
+    then the name itself. Fields: rows, panels, order ("b_first" | "a_first"), prefetch, ahead,
+    k_block, chunk_rows, panels_per_task. The product is not one of them: rows and weights of bf16
+    at a level with such products are multiplied as bf16 pairs in every variant, a router never is.
   }];
   let options = [
     Option<"overrides", "overrides", "std::string", /*default=*/"\"\"",

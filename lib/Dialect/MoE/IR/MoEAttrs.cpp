@@ -329,7 +329,7 @@ int64_t UkernelAttr::getVectorsPerRow() const {
 
 LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, StringRef level,
                                   int64_t rows, int64_t panels, KernelOrder order, int64_t prefetch,
-                                  KernelProduct product) {
+                                  KernelProduct product, int64_t ahead, int64_t kBlock) {
   int64_t registers = getRegisterFile(level).first;
   if (!registers)
     return emitError() << "expected level of a micro-kernel to be x86-64-v3, x86-64-v4, "
@@ -353,6 +353,13 @@ LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, 
   if (prefetch < 0 || prefetch > (1 << 20))
     return emitError() << "expected prefetch in [0, " << (1 << 20) << "] bytes, but got "
                        << prefetch;
+  if (ahead < 0 || ahead > 32 || (ahead && 32 % ahead))
+    return emitError() << "expected ahead to be 0 or a divisor of 32, but got " << ahead;
+  if (ahead && panels != 1)
+    return emitError() << "expected panels = 1 with ahead = " << ahead << ", but got " << panels;
+  if (kBlock < 0 || kBlock > (1 << 20) || (kBlock && !tile))
+    return emitError() << "expected k_block in [0, " << (1 << 20)
+                       << "], and 0 unless product = tile_bf16, but got " << kBlock;
   if (product == KernelProduct::DotBF16 && level != kLevelAvx512Bf16)
     return emitError() << "expected product = dot_bf16 at level avx512-bf16 only, but got "
                        << level;

@@ -106,7 +106,8 @@ void GemmTileOp::build(OpBuilder &builder, OperationState &state, Value count, V
                        ResultForm form, UkernelAttr ukernel) {
   build(builder, state, count, a, weight, /*bias=*/Value(), expert, panel, out, row,
         /*pair=*/Value(), /*weights=*/Value(), /*slots=*/Value(), /*gate=*/Value(),
-        /*scale=*/Value(), /*unweighted=*/UnitAttr(),
+        /*scale=*/Value(), /*ahead=*/Value(), /*first_step=*/Value(), /*end_step=*/Value(),
+        /*sums=*/Value(), /*unweighted=*/UnitAttr(),
         ResultFormAttr::get(builder.getContext(), form), /*compute=*/TypeAttr(), ukernel);
 }
 
@@ -116,6 +117,14 @@ static void assignIf(MutableOperandRange operand, Value value) {
 }
 
 void GemmTileOp::setBias(Value bias) { assignIf(getBiasMutable(), bias); }
+
+void GemmTileOp::setAhead(Value ahead) { assignIf(getAheadMutable(), ahead); }
+
+void GemmTileOp::setSteps(Value first, Value end, Value sums) {
+  assignIf(getFirstStepMutable(), first);
+  assignIf(getEndStepMutable(), end);
+  assignIf(getSumsMutable(), sums);
+}
 
 void GemmTileOp::setCombine(Value pair, Value weights, Value slots, Value gate, Value scale,
                             bool unweighted, TypeAttr compute) {
@@ -171,6 +180,18 @@ LogicalResult GemmTileOp::verify() {
   if (getRank(getOut()) != rank)
     return emitOpError() << "expected a result of rank " << rank << " into "
                          << stringifyResultForm(getForm()) << ", but got " << getRank(getOut());
+  // gemm_tile_c8
+  if (bool(getAhead()) != (getUkernel().getAhead() != 0))
+    return emitOpError() << "expected ahead exactly with a micro-kernel that has lines of it, but "
+                            "got ahead = "
+                         << getUkernel().getAhead() << " and " << (getAhead() ? "a" : "no")
+                         << " distance";
+  // gemm_tile_c9
+  for (Value value : {Value(getFirstStep()), Value(getEndStep()), Value(getSums())})
+    if (bool(value) != (getUkernel().getKBlock() != 0))
+      return emitOpError() << "expected the clause k exactly with a k_block, but got k_block = "
+                           << getUkernel().getKBlock() << " and " << (value ? "" : "no ")
+                           << "steps";
   // gemm_tile_c6
   bool dot = UkernelAttr::readsPairs(getUkernel().getProduct());
   if (cast<MemRefType>(getA().getType()).getElementType().isBF16() != dot)

@@ -156,6 +156,8 @@ FailureOr<GemmKernelSpec> KernelEmitter::getSpec(GemmTileOp op) {
   spec.rows = ukernel.getRows();
   spec.panels = ukernel.getPanels();
   spec.prefetch = ukernel.getPrefetch();
+  spec.ahead = ukernel.getAhead();
+  spec.steps = ukernel.getKBlock() != 0;
   spec.bf16Weights = format.getValue() == PlainFormat::BF16;
   spec.product = ukernel.getProduct();
   spec.parts = weight.getParts();
@@ -202,7 +204,7 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
   Value number = k.add(k.mul(toI64(k, op.getExpert()), weight.panelCount()), panel);
   SmallVector<Value> args = {a->pointer, k.at(weights, k.mul(number, panelBytes)),
                              k.index(llvm::divideCeil(weight.getCols(), spec.getGroupColumns())),
-                             k.index(panelBytes)};
+                             op.getAhead() ? toI64(k, op.getAhead()) : k.index(panelBytes)};
   size_t outPlace = args.size();
   Value firstColumn = k.mul(panel, panelCols);
   Value row = op.getRow() ? toI64(k, op.getRow()) : Value();
@@ -287,6 +289,12 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
   if (spec.isTile()) {
     // Two kernels, for one tile of rows and for two. The others' arguments are shifted by one.
     args.insert(args.begin() + 5, count);
+    if (spec.steps) {
+      FailureOr<Buffer> sums = getBuffer(k, op, op.getSums());
+      if (failed(sums))
+        return failure();
+      args.append({toI64(k, op.getFirstStep()), toI64(k, op.getEndStep()), sums->pointer});
+    }
     func::FuncOp kernels[2];
     for (int64_t high : {1, 2}) {
       GemmKernelSpec exact = spec;

@@ -84,6 +84,10 @@ std::string GemmKernelSpec::getName() const {
       llvm::formatv("moe_gemm_{0}_r{1}_p{2}_{3}", word, rows, panels, bf16Weights ? "bf16" : "f32");
   if (prefetch)
     name += llvm::formatv("_pf{0}", prefetch).str();
+  if (touchesAhead())
+    name += llvm::formatv("_ah{0}", ahead).str();
+  if (steps)
+    name += "_steps";
   if (order != LoadOrder::Automatic)
     name += order == LoadOrder::BFirst ? "_bfirst" : "_afirst";
   switch (form) {
@@ -133,6 +137,11 @@ LogicalResult GemmKernelSpec::verify(Location loc) const {
   if (form == KernelForm::Blocked && parts != 1 && !epilogue)
     return emitError(loc) << "kernel: expected a region to merge the parts of the blocked form, "
                              "but got none";
+  if (ahead < 0 || ahead > 32 || (ahead && panels != 1))
+    return emitError(loc) << "kernel: expected ahead in 0 to 32 with one panel, but got " << ahead
+                          << " and " << panels << " panels";
+  if (steps && !isTile())
+    return emitError(loc) << "kernel: expected products of tiles in steps, but got others";
   bool pairs = UkernelAttr::readsPairs(product);
   if (isTile() && ((rows != 16 && rows != 32) || panels != 1))
     return emitError(loc) << "kernel: expected 16 or 32 rows and one panel for products of tiles, "
@@ -252,7 +261,8 @@ private:
   const GemmKernelSpec &spec;
   int64_t lanes, panelVectors, vectors;
   Value aBlock, bPanels, groups, panelBytes, out, bias, stack, maskSlot;
-  Value realRows; // of a block of tiles
+  Value realRows;           // of a block of tiles
+  Value firstStep, endStep; // of a call that makes some of the steps; else null
   SmallVector<Value> formArgs;
 };
 
@@ -384,9 +394,20 @@ SmallVector<Value> GemmEmitter::emitProduct() {
   Type element = spec.isWide() ? b.getF64Type() : b.getF32Type();
   Value zero = arith::ConstantOp::create(b, k.loc, b.getZeroAttr(k.vec(lanes, element)));
   SmallVector<Value> init(spec.rows * vectors, zero);
+  // Lines of the next task's weights, each the next one of a run as long as there are groups.
+  Value next, run;
+  if (spec.touchesAhead()) {
+    next = k.at(bPanels, panelBytes);
+    run = k.mul(groups, 64);
+  }
   auto body = [&](Value group, ValueRange acc) -> SmallVector<Value> {
     Value a = k.at(aBlock, k.mul(group, spec.rows * 64));
     Value bRow = k.at(bPanels, k.mul(group, groupRows * 128));
+    if (spec.touchesAhead()) {
+      Value line = k.at(next, k.mul(group, 64));
+      for (int64_t i = 0; i < spec.ahead; ++i, line = k.at(line, run))
+        k.prefetch(line, /*second=*/true);
+    }
     if (unroll == groupRows)
       return emitSteps(a, bRow, unroll, SmallVector<Value>(acc));
     return k.loop(
@@ -409,11 +430,10 @@ SmallVector<Value> GemmEmitter::emitProduct() {
 /// so there is nothing to allocate and nothing to spill.
 ///
 /// The weights are wanted from the second cache. A kernel of one tile of rows reads its panel once
-/// and prefetches it `prefetch` bytes ahead. One of two tiles prefetches the next panel, which lies
-/// behind this one (also the next expert's), one line in each of 32 places of it at each step:
-/// walked line by line a prefetch holds the buffers that the loads of tiles wait for, while the
-/// hardware's streams follow 32 slow ones (measured by hand on a machine with AMX: a third at 64 to
-/// 128 rows).
+/// and prefetches it `prefetch` bytes ahead. One of two tiles touches the weights that come later,
+/// `ahead` lines at each step, each the next one of a run of its own: walked line by line a
+/// prefetch holds the buffers that the loads of tiles wait for, while the hardware's streams follow
+/// 32 slow ones (measured by hand on a machine with AMX: a third at 64 to 128 rows).
 void GemmEmitter::emitTiles() {
   OpBuilder &b = k.b;
   int64_t high = spec.rows / 16;
@@ -427,18 +447,30 @@ void GemmEmitter::emitTiles() {
   auto load = [&](StringRef name, int64_t tile, Value from, int64_t stride) {
     call(name, {tile}, {from, k.index(stride)});
   };
-  for (int64_t sum = 0; sum < 2 * high; ++sum)
-    call("tilezero", {sum});
+  auto place = [&](int64_t sum) { return k.at(stack, sum / 2 * 16 * 128 + sum % 2 * 64); };
+  auto zeroAll = [&] {
+    for (int64_t sum = 0; sum < 2 * high; ++sum)
+      call("tilezero", {sum});
+  };
+  if (firstStep)
+    k.ifThenElse(k.less(firstStep, k.index(1)), zeroAll, [&] {
+      for (int64_t sum = 0; sum < 2 * high; ++sum)
+        load("tileloaddt164", sum, place(sum), 128);
+    });
+  else
+    zeroAll();
   Value aBytes = k.mul(realRows, 64), next = k.at(bPanels, panelBytes);
-  Value place = k.mul(groups, 64);
-  k.loop(groups, 1, [&](Value step) {
+  Value run = k.mul(groups, 64);
+  k.loop(firstStep ? k.sub(endStep, firstStep) : groups, 1, [&](Value step) {
+    if (firstStep)
+      step = k.add(step, firstStep);
     Value a = k.at(aBlock, k.mul(step, aBytes)), w = k.at(bPanels, k.mul(step, 2048));
     if (spec.prefetch && high == 1) {
       for (int64_t line = 0; line < 2048; line += 64)
         k.prefetch(k.at(w, spec.prefetch + line), /*second=*/true);
-    } else if (spec.prefetch) {
+    } else if (spec.touchesAhead()) {
       Value line = k.at(next, k.mul(step, 64));
-      for (int64_t i = 0; i < 32; ++i, line = k.at(line, place))
+      for (int64_t i = 0; i < spec.ahead; ++i, line = k.at(line, run))
         k.prefetch(line, /*second=*/true);
     }
     // Rows by the hint of streams: they come from the second cache and need not evict the weights.
@@ -454,7 +486,7 @@ void GemmEmitter::emitTiles() {
     }
   });
   for (int64_t sum = 0; sum < 2 * high; ++sum)
-    load("tilestored64", sum, k.at(stack, sum / 2 * 16 * 128 + sum % 2 * 64), 128);
+    load("tilestored64", sum, place(sum), 128);
 }
 
 StringRef moe::getTileFrameName(bool begin) {
@@ -683,6 +715,8 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
       args.push_back(k.b.getF32Type());
     break;
   }
+  if (spec.steps)
+    args.append({i64, i64, ptr});
   func::FuncOp function = k.start(spec.getName(), spec.level, args, spec.getFeatures());
   aBlock = function.getArgument(0);
   bPanels = function.getArgument(1);
@@ -693,10 +727,15 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
     realRows = function.getArgument(5);
   if (spec.bias)
     bias = function.getArgument(formArg - 1);
-  for (unsigned i = formArg; i < args.size(); ++i)
+  for (unsigned i = formArg; i < args.size() - (spec.steps ? 3 : 0); ++i)
     formArgs.push_back(function.getArgument(i));
+  if (spec.steps) {
+    firstStep = function.getArgument(args.size() - 3);
+    endStep = function.getArgument(args.size() - 2);
+    stack = function.getArgument(args.size() - 1);
+  }
 
-  if (spec.rows > 1)
+  if (spec.rows > 1 && !stack)
     stack = LLVM::AllocaOp::create(k.b, k.loc, ptr, k.b.getF32Type(),
                                    k.index(spec.rows * vectors * lanes), 64);
   // A tile that fills the registers has none for the mask of odd k. It is then read from the stack
@@ -728,12 +767,18 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
     if (failed(result))
       stored = failure();
   };
-  if (spec.form == KernelForm::Rows) {
-    Value cut = k.less(formArgs[2], k.index(spec.panels * panelColumns()));
-    k.ifThenElse(cut, [&] { storeAll(false); }, [&] { storeAll(true); });
-  } else {
-    storeAll(true);
-  }
+  auto leave = [&] {
+    if (spec.form == KernelForm::Rows) {
+      Value cut = k.less(formArgs[2], k.index(spec.panels * panelColumns()));
+      k.ifThenElse(cut, [&] { storeAll(false); }, [&] { storeAll(true); });
+    } else {
+      storeAll(true);
+    }
+  };
+  if (spec.steps)
+    k.ifThen(arith::CmpIOp::create(k.b, k.loc, arith::CmpIPredicate::eq, endStep, groups), leave);
+  else
+    leave();
   k.finish();
   if (failed(stored)) {
     function.erase();

@@ -77,6 +77,11 @@ struct Chunk {
   Value expert, first, rows;
 };
 
+/// A block of a chunk: its first row in the chunk, its rows, its number, and how many there are.
+struct RowBlock {
+  Value begin, rows, number, blocks;
+};
+
 /// The rows that a grouped operation works on, and how they are cut into chunks.
 struct Groups {
   Value offsets;     ///< memref<(E+1)xi32>; null for a single group
@@ -103,6 +108,7 @@ private:
     Value packed;  ///< its rows as blocks; scratch of a lane if they are packed on the way
     Value weights; ///< of the pairs, as a vector; null: 1
     Value gate;    ///< of the tokens, as a vector; null: 1
+    Value sums;    ///< between steps of k; null: none
     bool isBlocked() { return op.getStrategyAttr().getSource() == RowSource::Blocked; }
   };
 
@@ -148,9 +154,23 @@ private:
   Value chunkCount(OpBuilder &b, const Groups &groups);
   Chunk chunkAt(OpBuilder &b, const Groups &groups, Value index);
   Value usedRows(OpBuilder &b, const Groups &groups);
-  /// for every block of a chunk: body(first row of the block in the chunk, rows of the block).
-  void forBlocks(OpBuilder &b, Value rows, UkernelAttr kernel,
-                 llvm::function_ref<void(OpBuilder &, Value, Value)> body);
+  using BlockBody = llvm::function_ref<void(OpBuilder &, const RowBlock &)>;
+  void forBlocks(OpBuilder &b, Value rows, UkernelAttr kernel, BlockBody body);
+  /// The tiles of a chunk's blocks and the panels from `first` to `end`, in the kernel's order:
+  /// blocks, and in them panels; or panels, in them steps of k, and in them blocks. `make` makes
+  /// the tile of a block and a panel, whose weights come `later` panels before those it touches
+  /// ahead. `sums`: for kernels that work in steps, 1024 numbers for every block; else null.
+  using TileBody =
+      llvm::function_ref<GemmTileOp(OpBuilder &, const RowBlock &, Value, UkernelAttr)>;
+  void forTiles(OpBuilder &b, const Chunk &chunk, StrategyAttr strategy, WeightType weight,
+                Value first, Value end, Value later, Value sums, TileBody make);
+  /// Memory of a lane for sums between steps of k; null where the kernel works in one go.
+  Value sumsOf(OpBuilder &b, StrategyAttr strategy);
+  /// Lets `tile` touch its block's share of the panel that is `panels` (an index) later.
+  void touchAhead(OpBuilder &b, GemmTileOp tile, Value panels, const RowBlock &block);
+  /// Panels from those of chunk `i` to those of the chunk after it.
+  Value panelsToNextChunk(OpBuilder &b, WeightType weight, const Groups &groups, Value i,
+                          const Chunk &chunk);
   void sortPairs(OpBuilder &b, Value ids, const Groups &groups, Value pair, Value cursor);
   /// Panels per task of a stage that owns its panels for all rows.
   Value panelsPerTask(OpBuilder &b, StageOp stage, int64_t panels, int64_t most, int64_t step,
@@ -190,6 +210,8 @@ private:
   FailureOr<Groups *> groupsOf(Operation *op, Value offsets);
   /// Packs block `rows` from sorted row `first` of the matmul's rows into `into`.
   void packBlock(OpBuilder &b, GroupedMatmulOp op, Value first, Value rows, Value into);
+  /// Packs all blocks of a chunk, `stride` elements a row, into `into`.
+  void packChunk(OpBuilder &b, GroupedMatmulOp op, const Chunk &chunk, Value into, int64_t stride);
   /// The combine that goes on with the sums of `op`, if that alone uses them.
   GroupedMatmulOp continuation(GroupedMatmulOp op);
   int64_t nextCounter() { return counters++; }

@@ -18,6 +18,9 @@ using namespace mlir::moe::tile;
 /// larger.
 static constexpr int64_t kScratchRows = 4096;
 
+/// Sums of a block of 32 rows by 32 columns.
+static constexpr int64_t kSumsOfBlock = 1024;
+
 //===----------------------------------------------------------------------===//
 // Claims and loops
 //===----------------------------------------------------------------------===//
@@ -104,24 +107,120 @@ Value EntryTiler::usedRows(OpBuilder &b, const Groups &groups) {
   return index.load(groups.offsets, index.constant(groups.experts));
 }
 
-void EntryTiler::forBlocks(OpBuilder &b, Value rows, UkernelAttr kernel,
-                           llvm::function_ref<void(OpBuilder &, Value, Value)> body) {
+void EntryTiler::forBlocks(OpBuilder &b, Value rows, UkernelAttr kernel, BlockBody body) {
   Index index(b, loc);
+  Value blocks = index.ceilDiv(rows, kernel.getRows());
   if (kernel.getProduct() == KernelProduct::TileBF16) {
     // Tiles are whole: blocks of nearly equal size would cut more of them.
-    forLoop(b, index.constant(0), rows, kernel.getRows(), [&](OpBuilder &b, Value begin) {
+    forLoop(b, index.constant(0), blocks, 1, [&](OpBuilder &b, Value block) {
       Index index(b, loc);
-      body(b, begin, index.min(index.sub(rows, begin), index.constant(kernel.getRows())));
+      Value begin = index.mul(block, kernel.getRows());
+      Value count = index.min(index.sub(rows, begin), index.constant(kernel.getRows()));
+      body(b, {begin, count, block, blocks});
     });
     return;
   }
-  Value blocks = index.ceilDiv(rows, kernel.getRows());
   forLoop(b, index.constant(0), blocks, 1, [&](OpBuilder &b, Value block) {
     Index index(b, loc);
     Value begin = index.part(rows, block, blocks);
     Value end = index.part(rows, index.add(block, index.constant(1)), blocks);
-    body(b, begin, index.sub(end, begin));
+    body(b, {begin, index.sub(end, begin), block, blocks});
   });
+}
+
+Value EntryTiler::sumsOf(OpBuilder &b, StrategyAttr strategy) {
+  UkernelAttr kernel = strategy.getUkernel();
+  if (!kernel.getKBlock())
+    return nullptr;
+  int64_t blocks = (strategy.getChunkRows() + kernel.getRows() - 1) / kernel.getRows();
+  return alloc(b, {blocks * kSumsOfBlock}, b.getF32Type());
+}
+
+void EntryTiler::forTiles(OpBuilder &b, const Chunk &chunk, StrategyAttr strategy,
+                          WeightType weight, Value first, Value end, Value later, Value sums,
+                          TileBody make) {
+  UkernelAttr kernel = strategy.getUkernel();
+  int64_t ahead = kernel.getAhead();
+  // `make`, with as many lines touched ahead as make up the panel where there are few blocks: there
+  // a tile's prefetch is the only one.
+  auto makeTile = [&](OpBuilder &b, const RowBlock &block, Value panel,
+                      llvm::function_ref<void(OpBuilder &, GemmTileOp)> finish) {
+    auto one = [&](OpBuilder &b, UkernelAttr kernel) {
+      GemmTileOp tile = make(b, block, panel, kernel);
+      touchAhead(b, tile, later, block);
+      finish(b, tile);
+    };
+    if (kernel.getProduct() != KernelProduct::TileBF16 || !ahead || ahead == 32)
+      return one(b, kernel);
+    Index index(b, loc);
+    Value many = arith::CmpIOp::create(b, loc, arith::CmpIPredicate::uge, block.blocks,
+                                       index.constant(32 / ahead));
+    auto choice = scf::IfOp::create(b, loc, many, /*withElseRegion=*/true);
+    OpBuilder inner = OpBuilder::atBlockTerminator(choice.thenBlock());
+    one(inner, kernel);
+    inner = OpBuilder::atBlockTerminator(choice.elseBlock());
+    one(inner, UkernelAttr::get(kernel.getContext(), kernel.getLevel(), kernel.getRows(),
+                                kernel.getPanels(), kernel.getOrder(), kernel.getPrefetch(),
+                                kernel.getProduct(), /*ahead=*/32, kernel.getKBlock()));
+  };
+  if (!sums)
+    return forBlocks(b, chunk.rows, kernel, [&](OpBuilder &b, const RowBlock &block) {
+      forLoop(b, first, end, kernel.getPanels(), [&](OpBuilder &b, Value panel) {
+        makeTile(b, block, panel, [](OpBuilder &, GemmTileOp) {});
+      });
+    });
+  // One block keeps its sums in tiles: nothing is won by a step.
+  Index index(b, loc);
+  Value steps = index.constant((weight.getCols() + 31) / 32);
+  Value several = arith::CmpIOp::create(b, loc, arith::CmpIPredicate::ugt, chunk.rows,
+                                        index.constant(kernel.getRows()));
+  Value stride = arith::SelectOp::create(
+      b, loc, several, index.min(index.constant(kernel.getKBlock()), steps), steps);
+  forLoop(b, first, end, kernel.getPanels(), [&](OpBuilder &b, Value panel) {
+    Index index(b, loc);
+    forLoop(b, index.constant(0), index.ceilDiv(steps, stride), 1, [&](OpBuilder &b, Value part) {
+      Index index(b, loc);
+      Value firstStep = index.mul(part, stride);
+      Value endStep = index.min(index.add(firstStep, stride), steps);
+      forBlocks(b, chunk.rows, kernel, [&](OpBuilder &b, const RowBlock &block) {
+        makeTile(b, block, panel, [&](OpBuilder &b, GemmTileOp tile) {
+          OpBuilder::InsertionGuard guard(b);
+          b.setInsertionPoint(tile);
+          Index index(b, loc);
+          tile.setSteps(firstStep, endStep,
+                        tailFrom(b, sums, index.mul(block.number, kSumsOfBlock)));
+        });
+      });
+    });
+  });
+}
+
+void EntryTiler::touchAhead(OpBuilder &b, GemmTileOp tile, Value panels, const RowBlock &block) {
+  UkernelAttr kernel = tile.getUkernel();
+  if (!kernel.getAhead())
+    return;
+  WeightType weight = tile.getWeight().getType();
+  // A block touches `ahead` lines for every 64 bytes of a packed row.
+  int64_t columns = UkernelAttr::readsPairs(kernel.getProduct()) ? 32 : 16;
+  int64_t touched = (weight.getCols() + columns - 1) / columns * 64 * kernel.getAhead();
+  int64_t slices = std::max<int64_t>(1, (weight.panelBytes() + touched - 1) / touched);
+  OpBuilder::InsertionGuard guard(b);
+  b.setInsertionPoint(tile);
+  Index index(b, loc);
+  Value slice = index.part(index.constant(slices), block.number, block.blocks);
+  Value distance = index.add(index.mul(panels, weight.panelBytes()), index.mul(slice, touched));
+  tile.setAhead(distance);
+}
+
+Value EntryTiler::panelsToNextChunk(OpBuilder &b, WeightType weight, const Groups &groups, Value i,
+                                    const Chunk &chunk) {
+  Index index(b, loc);
+  if (groups.singleRows)
+    return index.constant(0);
+  Value last = index.sub(chunkCount(b, groups), index.constant(1));
+  Value next = index.min(index.add(i, index.constant(1)), last);
+  // Experts of chunks ascend.
+  return index.mul(index.sub(chunkAt(b, groups, next).expert, chunk.expert), weight.panelCount());
 }
 
 void EntryTiler::claimRows(OpBuilder &b, StageOp stage, Value rows, LoopBody body) {

@@ -31,6 +31,16 @@ void EntryTiler::packBlock(OpBuilder &b, GroupedMatmulOp op, Value first, Value 
                      flatten(b, op.getRowWeights()), first, rows, into, TypeAttr::get(element));
 }
 
+void EntryTiler::packChunk(OpBuilder &b, GroupedMatmulOp op, const Chunk &chunk, Value into,
+                           int64_t stride) {
+  forBlocks(b, chunk.rows, op.getStrategyAttr().getUkernel(),
+            [&](OpBuilder &b, const RowBlock &block) {
+              Index index(b, loc);
+              packBlock(b, op, index.add(chunk.first, block.begin), block.rows,
+                        tailFrom(b, into, index.mul(block.begin, stride)));
+            });
+}
+
 LogicalResult EntryTiler::tile(GroupedMatmulOp op) {
   StrategyAttr strategy = op.getStrategyAttr();
   if (!strategy)
@@ -121,6 +131,7 @@ LogicalResult EntryTiler::tileMatmulToBuffer(GroupedMatmulOp op, const Groups &g
         alloc(body, {ShapedType::kDynamic}, element,
               bodyIndex.add(bodyIndex.mul(most, padded), bodyIndex.constant(blockSlack(kernel))));
   }
+  Value sums = sumsOf(body, strategy);
   int64_t panels = weight.panelCount();
   int64_t groupPanels = strategy.getPanelsPerTask();
   Value groupCount = bodyIndex.constant((panels + groupPanels - 1) / groupPanels);
@@ -139,30 +150,29 @@ LogicalResult EntryTiler::tileMatmulToBuffer(GroupedMatmulOp op, const Groups &g
               arith::CmpIOp::create(b, loc, arith::CmpIPredicate::ne, chunkIndex, state[0]);
           auto guard = scf::IfOp::create(b, loc, other, /*withElseRegion=*/false);
           OpBuilder inner = OpBuilder::atBlockTerminator(guard.thenBlock());
-          forBlocks(inner, chunk.rows, kernel, [&](OpBuilder &b, Value begin, Value count) {
-            Index index(b, loc);
-            packBlock(b, op, index.add(chunk.first, begin), count,
-                      tailFrom(b, packed, index.mul(begin, padded)));
-          });
+          packChunk(inner, op, chunk, packed, padded);
         }
         Value firstPanel = index.mul(group, groupPanels);
         Value endPanel =
             index.min(index.add(firstPanel, index.constant(groupPanels)), index.constant(panels));
-        forBlocks(b, chunk.rows, kernel, [&](OpBuilder &b, Value begin, Value count) {
-          Index index(b, loc);
-          Value row = index.add(chunk.first, begin);
-          Value a = tailFrom(b, packed, index.mul(blockedSource ? row : begin, padded));
-          Value into = blockedResult ? tailFrom(b, out, index.mul(row, blockStride)) : out;
-          forLoop(b, firstPanel, endPanel, kernel.getPanels(), [&](OpBuilder &b, Value panel) {
-            auto tile =
-                GemmTileOp::create(b, loc, count, a, op.getWeight(), chunk.expert, panel, into,
-                                   blockedResult ? Value() : row,
-                                   blockedResult ? ResultForm::Blocked : ResultForm::Rows, kernel);
-            tile.setBias(op.getBias());
-            IRMapping mapping;
-            op.getEpilogue().cloneInto(&tile.getEpilogue(), mapping);
-          });
-        });
+        // The next task has the panels that follow, of the next expert at the end.
+        Value later = index.constant(groupPanels);
+        forTiles(b, chunk, strategy, weight, firstPanel, endPanel, later, sums,
+                 [&](OpBuilder &b, const RowBlock &block, Value panel, UkernelAttr kernel) {
+                   Index index(b, loc);
+                   Value row = index.add(chunk.first, block.begin);
+                   Value a =
+                       tailFrom(b, packed, index.mul(blockedSource ? row : block.begin, padded));
+                   Value into = blockedResult ? tailFrom(b, out, index.mul(row, blockStride)) : out;
+                   auto tile = GemmTileOp::create(
+                       b, loc, block.rows, a, op.getWeight(), chunk.expert, panel, into,
+                       blockedResult ? Value() : row,
+                       blockedResult ? ResultForm::Blocked : ResultForm::Rows, kernel);
+                   tile.setBias(op.getBias());
+                   IRMapping mapping;
+                   op.getEpilogue().cloneInto(&tile.getEpilogue(), mapping);
+                   return tile;
+                 });
         return {chunkIndex};
       });
   return success();
@@ -191,7 +201,7 @@ LogicalResult EntryTiler::tileMatmulCombine(GroupedMatmulOp op) {
     FailureOr<Groups *> groups = groupsOf(link, link.getOffsets());
     if (failed(groups))
       return failure();
-    chain.push_back({link, *groups, nullptr, nullptr, nullptr});
+    chain.push_back({link, *groups, nullptr, nullptr, nullptr, nullptr});
     GroupedMatmulOp before;
     if (link.getStart())
       for (Operation *user : link.getStart().getUsers())
@@ -230,40 +240,45 @@ LogicalResult EntryTiler::tileMatmulCombine(GroupedMatmulOp op) {
                                  bodyIndex.constant(blockSlack(own.getUkernel())));
       summand.packed = alloc(body, {ShapedType::kDynamic}, element, size);
     }
+    summand.sums = sumsOf(body, own);
     summand.weights = flatten(body, link.getCombineWeights());
     summand.gate = flatten(body, link.getGate() ? physical(link.getGate()) : Value());
   }
 
-  claimPanels(body, stage, chain.front().op, op.getOut(), panels, most, step,
-              [&](OpBuilder &b, Value firstPanel, Value endPanel,
-                  llvm::function_ref<Value(OpBuilder &, Value)> view) {
-                for (Summand &summand : chain) {
-                  GroupedMatmulOp link = summand.op;
-                  UkernelAttr kernel = link.getStrategyAttr().getUkernel();
-                  int64_t padded = blockedStride(link.getWeightType().getCols());
-                  const Groups &groups = *summand.groups;
-                  Value zero = Index(b, loc).constant(0);
-                  forLoop(b, zero, chunkCount(b, groups), 1, [&](OpBuilder &b, Value i) {
-                    Chunk chunk = chunkAt(b, groups, i);
-                    forBlocks(b, chunk.rows, kernel, [&](OpBuilder &b, Value begin, Value count) {
-                      Index index(b, loc);
-                      Value row = index.add(chunk.first, begin), a = summand.packed;
-                      if (summand.isBlocked())
-                        a = tailFrom(b, a, index.mul(row, padded));
-                      else
-                        packBlock(b, link, row, count, a);
-                      forLoop(b, firstPanel, endPanel, step, [&](OpBuilder &b, Value panel) {
-                        auto tile = GemmTileOp::create(b, loc, count, a, link.getWeight(),
-                                                       chunk.expert, panel, view(b, panel), row,
-                                                       ResultForm::Combine, kernel);
-                        tile.setBias(link.getBias());
-                        tile.setCombine(link.getCombinePair(), summand.weights,
-                                        link.getCombineSlots(), summand.gate, link.getScale(),
-                                        link.getUnweighted(), link.getCombineTypeAttr());
-                      });
-                    });
-                  });
-                }
-              });
+  claimPanels(
+      body, stage, chain.front().op, op.getOut(), panels, most, step,
+      [&](OpBuilder &b, Value firstPanel, Value endPanel,
+          llvm::function_ref<Value(OpBuilder &, Value)> view) {
+        for (Summand &summand : chain) {
+          GroupedMatmulOp link = summand.op;
+          WeightType weight = link.getWeightType();
+          StrategyAttr own = link.getStrategyAttr();
+          int64_t padded = summand.isBlocked() ? blockedStride(weight.getCols())
+                                               : blockOf(own.getUkernel(), weight.getCols()).second;
+          const Groups &groups = *summand.groups;
+          Value zero = Index(b, loc).constant(0);
+          forLoop(b, zero, chunkCount(b, groups), 1, [&](OpBuilder &b, Value i) {
+            Chunk chunk = chunkAt(b, groups, i);
+            if (!summand.isBlocked())
+              packChunk(b, link, chunk, summand.packed, padded);
+            forTiles(b, chunk, own, weight, firstPanel, endPanel,
+                     panelsToNextChunk(b, weight, groups, i, chunk), summand.sums,
+                     [&](OpBuilder &b, const RowBlock &block, Value panel, UkernelAttr kernel) {
+                       Index index(b, loc);
+                       Value row = index.add(chunk.first, block.begin);
+                       Value place = summand.isBlocked() ? row : block.begin;
+                       Value a = tailFrom(b, summand.packed, index.mul(place, padded));
+                       auto tile = GemmTileOp::create(b, loc, block.rows, a, link.getWeight(),
+                                                      chunk.expert, panel, view(b, panel), row,
+                                                      ResultForm::Combine, kernel);
+                       tile.setBias(link.getBias());
+                       tile.setCombine(link.getCombinePair(), summand.weights,
+                                       link.getCombineSlots(), summand.gate, link.getScale(),
+                                       link.getUnweighted(), link.getCombineTypeAttr());
+                       return tile;
+                     });
+          });
+        }
+      });
   return success();
 }

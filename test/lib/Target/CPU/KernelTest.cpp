@@ -257,6 +257,14 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
         s.bf16Result = bf16;
         s.prefetch = 1024;
         add(s);
+        if (panels == 1) {
+          s.ahead = 8;
+          add(s);
+        }
+        if (tileLevel) {
+          s.steps = true;
+          add(s);
+        }
         s = spec;
         s.form = KernelForm::Blocked;
         s.parts = 2;
@@ -275,11 +283,13 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
           add(s);
         }
         s.parts = 2;
+        s.steps = tileLevel;
         add(s, "gelu");
         add(s, "gelu_tanh");
         add(s, "relu");
         s = spec;
         s.parts = 2;
+        s.steps = tileLevel;
         add(s);
         add(s, "silu");
         s.parts = 1;
@@ -315,7 +325,7 @@ static std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions
 /// Random product operands in their packed forms, and the exact chain.
 struct Operands {
   int64_t rows, panels, depth, groups, panelBytes;
-  bool bf16;
+  bool bf16, steps = false;
   std::vector<float> a, b; // [rows][depth], [depth][panels*32] by lane
   Buffer aBlock, bPanels;
 
@@ -424,12 +434,20 @@ static float blockedAt(const GemmCase &test, Buffer &out, int64_t r, int64_t c) 
   return out.as<float>()[c / 16 * test.rows * 16 + r * 16 + c % 16];
 }
 
-/// Calls a kernel; one of tiles takes the rows of the block before the arguments of its form.
+/// Calls a kernel; one of tiles takes the rows of the block before the arguments of its form, and
+/// one that works in steps of k is called for three of them at a time.
 template <typename... Args>
 static void callKernel(void *address, const Operands &operands, char *out, Args... args) {
   Operands &in = const_cast<Operands &>(operands);
   char *a = in.aBlock.data(), *b = in.bPanels.data();
-  if (tileLevel)
+  if (in.steps) {
+    std::vector<float> sums(1024, std::numeric_limits<float>::quiet_NaN());
+    for (int64_t first = 0; first < in.groups; first += 3)
+      reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, Args..., int64_t,
+                                int64_t, float *)>(address)(
+          a, b, in.groups, in.panelBytes, out, in.rows, args..., first,
+          std::min(first + 3, in.groups), sums.data());
+  } else if (tileLevel)
     reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, Args...)>(address)(
         a, b, in.groups, in.panelBytes, out, in.rows, args...);
   else
@@ -440,6 +458,7 @@ static void callKernel(void *address, const Operands &operands, char *out, Args.
 static void checkGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 &random) {
   const GemmKernelSpec &spec = test.spec;
   Operands in(random, test.rows, spec.panels, depth, spec.bf16Weights);
+  in.steps = spec.steps;
   int64_t lanes = spec.panels * 32, rows = test.rows;
   std::vector<float> chain(rows * lanes);
   for (int64_t r = 0; r < rows; ++r)
@@ -589,6 +608,7 @@ static void benchGemm(const GemmCase &test, void *address, int64_t depth, std::m
   if (spec.form != KernelForm::Blocked && (spec.form != KernelForm::Rows || spec.parts != 1))
     return;
   Operands in(random, test.rows, spec.panels, depth, spec.bf16Weights);
+  in.steps = spec.steps;
   int64_t columns = spec.panels * 32;
   Buffer out(columns * test.rows * 8);
   double best = 1e30;
@@ -609,6 +629,7 @@ static void checkGemmNaN(const GemmCase &test, void *address, std::mt19937 &rand
   if (spec.form != KernelForm::Blocked || test.rows < 3)
     return;
   Operands in(random, test.rows, spec.panels, 33, spec.bf16Weights);
+  in.steps = spec.steps;
   in.a[5] = std::numeric_limits<float>::quiet_NaN();
   in.a[2 * 33 + 7] = std::numeric_limits<float>::infinity();
   // Make the last column of weights zero padding.

@@ -440,7 +440,15 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
   let description = [{
     A kernel computes `rows` × (32 · `panels`) products: every accumulator stays in a register, the
     reduction runs upwards. `order` is the operand that is loaded first, `prefetch` the distance in
-    bytes of the prefetch of the panel (0 = none; into L2 in kernels of at most 8 rows, else L1). `product` is the instruction of every term:
+    bytes of the prefetch of the panel (0 = none; into L2 in kernels of at most 8 rows, else L1).
+    `ahead`, in kernels of more than 8 rows and one panel: lines of the weights that come after this
+    task's own, touched for every 64 bytes of a row of the block; each line is the next one of a run
+    of its own (one page each for rows of 4 KB), so that the hardware's streams follow. The blocks of
+    a chunk touch 32 / `ahead` slices of a panel. 0 = none. `k_block`, with `tile_bf16` alone: steps of
+    32 k that a call makes where a chunk has several blocks, so that a block of the panel stays in
+    the first cache for all of them; sums wait in memory meanwhile, which changes no bit. 0 = all.
+    `product` is the instruction of every
+    term:
 
     * `fma`: fused multiply-add of f32, one k at a time; bf16 weights are widened exactly.
     * `dot_bf16`: `vdpbf16ps` on rows and weights of bf16, two k at a time (fma with the odd one,
@@ -476,7 +484,9 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
     "int64_t":$panels,
     DefaultValuedParameter<"KernelOrder", "KernelOrder::BFirst">:$order,
     DefaultValuedParameter<"int64_t", "0">:$prefetch,
-    DefaultValuedParameter<"KernelProduct", "KernelProduct::Fma">:$product);
+    DefaultValuedParameter<"KernelProduct", "KernelProduct::Fma">:$product,
+    DefaultValuedParameter<"int64_t", "0">:$ahead,
+    DefaultValuedParameter<"int64_t", "0">:$k_block);
   let assemblyFormat = "`<` struct(params) `>`";
   let genVerifyDecl = 1;
   let extraClassDeclaration = [{

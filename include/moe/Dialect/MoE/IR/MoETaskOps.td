@@ -164,13 +164,17 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
       w = gate[row + r], or 1 without gate. `scale` multiplies w. The scratch is [panels, T, 32].
 
     `bias` is added to the products before anything else: lanes of panel `panel` of expert %e.
+    `ahead`: bytes from the tile's first panel to the weights that it touches for the next tile.
+    `k(first to end, sums)`: only steps first to end - 1 of 32 k; the 1024 sums of the block wait in
+    `sums` until the call that makes the last step, which leaves the result.
 
     Constraints: (C1) count ≤ ukernel.rows at run time; (C2) the region takes one f32 per part and
     yields one f32; (C3) pair, weights and slots come together; they, `gate`, `scale` and `compute`
     with `combine` only, `unweighted` with pair, `gate` without; (C4) `row` with `rows` and
     `combine`; (C5) `blocked` has several parts only with a region; (C6) `a` is bf16, and the weight,
     where the product is `dot_bf16`, and f32 elsewhere; a blocked result of bf16 comes from such
-    products only; (C7) bias has the experts, parts and rows of the weight.
+    products only; (C7) bias has the experts, parts and rows of the weight; (C8) `ahead` is given
+    exactly where the micro-kernel has `ahead` lines; (C9) the clause k, where it has a `k_block`.
 
     Example:
 
@@ -204,6 +208,10 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
     Arg<Optional<Index>, "slots per token">:$slots,
     Arg<Optional<MoE_F32Vector>, "weight of each token", [MemRead]>:$gate,
     Arg<Optional<F32>, "factor of the weights">:$scale,
+    Arg<Optional<Index>, "distance of the weights that are touched ahead">:$ahead,
+    Arg<Optional<Index>, "first step of 32 k">:$first_step,
+    Arg<Optional<Index>, "step after the last">:$end_step,
+    Arg<Optional<MoE_F32Vector>, "sums between steps", [MemRead, MemWrite]>:$sums,
     UnitAttr:$unweighted,
     MoE_ResultFormAttr:$form,
     OptionalAttr<TypeAttrOf<MoE_Float>>:$compute,
@@ -215,6 +223,8 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
   let extraClassDeclaration = [{
     /// Null is no bias.
     void setBias(Value bias);
+    void setAhead(Value ahead);
+    void setSteps(Value first, Value end, Value sums);
     /// The clauses of the form `combine`; null values are clauses that are not there.
     void setCombine(Value pair, Value weights, Value slots, Value gate, Value scale,
                     bool unweighted, TypeAttr compute);
@@ -222,7 +232,8 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
   let assemblyFormat = [{
     `count` `(` $count `)` `a` `(` $a `:` type($a) `)`
     `weight` `(` $weight `[` $expert `,` $panel `]` `:` qualified(type($weight)) `)`
-    (`bias` `(` $bias^ `:` qualified(type($bias)) `)`)?
+    (`bias` `(` $bias^ `:` qualified(type($bias)) `)`)? (`ahead` `(` $ahead^ `)`)?
+    (`k` `(` $first_step^ `to` $end_step `,` $sums `:` type($sums) `)`)?
     `into` $form `(` $out (`row` $row^)? `:` type($out) `)`
     (`via` `(` $pair^ `,` $weights `slots` $slots `:` type($pair) `,` type($weights) `)`)?
     (`unweighted` $unweighted^)? (`gate` `(` $gate^ `:` type($gate) `)`)? (`scale` $scale^)?
