@@ -35,6 +35,7 @@ import moec
 from moec._checkpoint import Checkpoint
 from moec._moec import codes
 from moec._peer import Peer, open_peer
+from moec._semantics import rounds_nowhere, router_precision
 from moec.errors import Error, make_error
 from moec.reference import Reference, round_bf16
 
@@ -303,8 +304,11 @@ def _check(layer: Any, source: Any, peer: Peer | str, tokens: int, seed: int) ->
     # The router, on tokens of its own where the layer has it so.
     r = draw() if "router_x" in info.needs else x
     more = {"router_x": r} if "router_x" in info.needs else {}
-    model_rounds = spec["router"].get("precision") == "model" and bf16
-    ids, weights, near = _check_routing(result, layer, ref, x, r, more, model_rounds)
+    precision = router_precision(layer.library, layer.name)
+    rounds = bf16 and precision == "model" and not rounds_nowhere(spec)
+    rounding = {"router": {**ref.spec["router"], "precision": "model"}} if rounds else {}
+    router = Reference({**ref.spec, **rounding}, ref.weights, "bf16" if rounding else "none")
+    ids, weights, near = _check_routing(result, layer, router, x, r, more)
 
     # The experts: these tokens as they were routed, and others such that every expert serves.
     slots = max(tokens, -(-info.E // info.K))
@@ -343,7 +347,6 @@ def _check_routing(
     x: np.ndarray,
     r: np.ndarray,
     more: Mapping[str, np.ndarray],
-    model_rounds: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ids, weights) of the library, and which tokens' choice is within rounding.
 
@@ -354,7 +357,8 @@ def _check_routing(
     """
     ids, weights = layer.route(x, **more)
     exact = ref.routing(r)
-    unit = 2.0**-9 if model_rounds else 2.0**-24
+    rounds = ref.rounding == "bf16"  # as the model's own code does
+    unit = 2.0**-11 if rounds else 2.0**-24
     router = ref._weight("router")
     size = unit * max(4.0, math.sqrt(router.shape[1]) / 2)
     size *= np.linalg.norm(router, axis=1).max()
@@ -365,10 +369,10 @@ def _check_routing(
         largest = np.abs(np.where(np.isfinite(exact.scores), exact.scores, 0)).max(-1)
         near = ~(exact.gap > 4 * 2.0**-24 * largest)
     ours, theirs = _scatter(ids, weights, router), _scatter(exact.experts, exact.weights, router)
-    slack = (2.0**-8 if model_rounds else 2e-6) * np.abs(theirs)
+    slack = (2.0**-8 if rounds else 2e-6) * np.abs(theirs)
     for _ in range(_DRAWS):
         other = {**ref.weights, "router": router + size * random.standard_normal(router.shape)}
-        moved = Reference(ref.spec, other).routing(r)
+        moved = Reference(ref.spec, other, ref.rounding).routing(r)
         near |= (np.sort(moved.experts, -1) != want).any(-1)
         change = np.abs(_scatter(moved.experts, moved.weights, router) - theirs)
         slack = np.maximum(slack, 4 * change)

@@ -16,7 +16,7 @@ import oracle
 import pytest
 import test_transformers_rows
 import torch
-from conftest import driver, moec_command
+from conftest import LEVELS, driver, moec_command
 from moec._checkpoint import Checkpoint
 from moec.verify import main, verify
 from safetensors.torch import load_file, save_file
@@ -52,6 +52,17 @@ def test_what_was_compiled(row, dtype, compiled):
         if layer.kind == "moe":
             assert layer.same + layer.near == 64 and layer.near < 8
     assert "| ok " in result.table() and result.table().count("| ok ") == len(result.layers)
+
+
+def test_routers_that_round_as_the_model_does(compiled, tmp_path, monkeypatch):
+    checkpoint = compiled("qwen3_moe", "bf16").checkpoint.path
+    options = ("--router", "model", "--cpu", LEVELS[-1], "--quiet")
+    moec_command("compile", checkpoint, "-o", tmp_path / "m.moec", *options)
+    result = verify(tmp_path / "m.moec", checkpoint)
+    assert result.ok, result.table()
+    assert all(layer.same >= 16 for layer in result.layers if layer.kind == "moe")
+    monkeypatch.setattr("moec.verify.router_precision", lambda *_: "f32")
+    assert "off by" in verify(tmp_path / "m.moec", checkpoint).table()
 
 
 def test_other_files_of_the_same_weights(compiled, tmp_path):
