@@ -5,19 +5,16 @@
 //
 //===----------------------------------------------------------------------===//
 
-#include "Kernels/Kernels.h"
-#include "Layer.h"
+#include "EntryEmitter.h"
 #include "moe/Target/GPU/Passes.h"
 
 #include "mlir/Dialect/Arith/IR/Arith.h"
 #include "mlir/Dialect/Func/IR/FuncOps.h"
 #include "mlir/Dialect/LLVMIR/NVVMDialect.h"
+#include "mlir/Dialect/MemRef/IR/MemRef.h"
 #include "mlir/Dialect/SCF/IR/SCF.h"
 #include "mlir/Dialect/Vector/IR/VectorOps.h"
-
-#include <cstddef>
-
-#include "moec/module.h"
+#include "mlir/IR/IRMapping.h"
 
 namespace mlir::moe {
 #define GEN_PASS_DEF_MOEGPUEMITKERNELS
@@ -27,65 +24,29 @@ namespace mlir::moe {
 using namespace mlir;
 using namespace mlir::moe;
 
-namespace {
-
-constexpr int64_t kAlignment = 256;
-
-/// Buffers of the workspace, in their order there.
-enum Scratch { Rows, Partial, Offsets, Pair, Order, Hidden, Products, ScratchCount };
-
-class EntryEmitter {
-public:
-  EntryEmitter(func::FuncOp func, const Layer &layer) : func(func), layer(layer), b(func) {}
-  LogicalResult emit();
-
-private:
-  /// Bytes of every buffer for one token and for one sorted row, and what both do not count.
-  struct Size {
-    int64_t perToken = 0, perRow = 0, fixed = 0;
-  };
-  std::array<Size, ScratchCount> sizes() const;
-  Value total(OpBuilder &b, Value tokens, Value rows, MutableArrayRef<Value> offsets);
-  void makeBytesFunction();
-  LLVM::LLVMFuncOp makeKernel(StringRef name, ArrayRef<Type> types, int64_t threads,
-                              int64_t sharedBytes);
-  /// Makes a kernel, fills it by `fill` and launches it.
-  LogicalResult launch(StringRef name, Value gridX, Value gridY, int64_t threads,
-                       int64_t sharedBytes, ArrayRef<Value> args,
-                       function_ref<LogicalResult(OpBuilder &, LLVM::LLVMFuncOp)> fill);
-  LogicalResult launchMatmul(StringRef name, GroupedMatmulOp op, bool gather, int64_t rowWidth,
-                             int64_t resultWidth, Value rows, Value result);
-  LogicalResult makeHost();
-
-  Value c32(int64_t v) { return arith::ConstantIntOp::create(b, loc, v, 32); }
-  Value c64(int64_t v) { return arith::ConstantIntOp::create(b, loc, v, 64); }
-  Type ptr(unsigned space = 0) { return LLVM::LLVMPointerType::get(b.getContext(), space); }
-  Value field(Type type, int64_t offset);
-  Value global(Value pointer) { return LLVM::AddrSpaceCastOp::create(b, loc, ptr(1), pointer); }
-  Value weight(int64_t index);
-
-  func::FuncOp func;
-  const Layer &layer;
-  OpBuilder b;
-  Location loc = func.getLoc();
-  gpu::GPUModuleOp kernels;
-  Value frame, tokens, slots, count;
-  std::array<Value, ScratchCount> scratch;
-};
-
-} // namespace
+static constexpr int64_t kAlignment = 256;
 
 std::array<EntryEmitter::Size, ScratchCount> EntryEmitter::sizes() const {
   std::array<Size, ScratchCount> size;
-  size[Rows].perToken = layer.rowWidth() * 2;
-  if (layer.router)
-    size[Partial].perToken = layer.stage().slices() * layer.routerWeight().panelCount() * 32 * 4;
+  int64_t width = layer.rowWidth(), slices = StageKernel{layer.xType, 0, width, {}}.slices();
+  if (layer.up || layer.groupUp || !layer.routerX)
+    size[Rows].perToken = width * 2;
+  if (layer.router) {
+    size[Partial].perToken = slices * layer.routerWeight().panelCount() * 32 * 4;
+    size[Squares].perToken = layer.vectors.inputScale ? slices * 4 : 0;
+  }
   if (layer.up) {
-    if (layer.dense)
-      size[Offsets].fixed = 8;
-    size[Pair].perRow = size[Order].perRow = layer.dense ? 0 : 4;
-    size[Hidden].perRow = layer.hiddenWidth() * 2;
-    size[Products].perRow = layer.productWidth() * 2;
+    size[Pair].perRow = size[Order].perRow = 4;
+    size[Weighed].perRow = layer.isOnInput() ? width * 2 : 0;
+    size[Hidden].perRow = Layer::width(layer.up) * 2;
+    size[Products].perRow = layer.isAtomic() ? 0 : width * 2;
+    size[Sums].perToken = layer.isAtomic() ? width * 4 : 0;
+  }
+  if (layer.groupUp) {
+    size[GroupOffsets].fixed = 8;
+    size[GroupHidden].perToken = Layer::width(layer.groupUp) * 2;
+    size[GroupProducts].perToken = width * 2;
+    size[Gate].perToken = layer.gate ? 4 : 0;
   }
   return size;
 }
@@ -115,7 +76,7 @@ void EntryEmitter::makeBytesFunction() {
                                     b.getFunctionType({i64, i64, i64}, i64));
   Block *block = bytes.addEntryBlock();
   OpBuilder inner = OpBuilder::atBlockBegin(block);
-  Value rows = layer.dense
+  Value rows = layer.isDense()
                    ? Value(block->getArgument(0))
                    : arith::MulIOp::create(inner, loc, block->getArgument(0), block->getArgument(1))
                          .getResult();
@@ -155,55 +116,62 @@ Value EntryEmitter::field(Type type, int64_t offset) {
   return LLVM::LoadOp::create(b, loc, type, place);
 }
 
-Value EntryEmitter::weight(int64_t index) {
+Value EntryEmitter::weight(Value argument) {
   Value list = field(ptr(), offsetof(moec_frame, weights));
-  Value place = LLVM::GEPOp::create(b, loc, ptr(), b.getI8Type(), list,
-                                    ArrayRef<LLVM::GEPArg>{int32_t(index * 8)});
+  Value place =
+      LLVM::GEPOp::create(b, loc, ptr(), b.getI8Type(), list,
+                          ArrayRef<LLVM::GEPArg>{int32_t(layer.weightIndex(argument) * 8)});
   return global(LLVM::LoadOp::create(b, loc, ptr(), place));
 }
 
-/// One kernel per tile; the number of rows says which is launched.
-LogicalResult EntryEmitter::launchMatmul(StringRef name, GroupedMatmulOp op, bool gather,
-                                         int64_t rowWidth, int64_t resultWidth, Value rows,
-                                         Value result) {
-  OpBuilder::InsertionGuard guard(b);
-  WeightType type = op.getWeightType();
-  Value packed = weight(layer.weightIndex(op.getWeight()));
-  SmallVector<Value> args = {rows, scratch[Pair], slots, scratch[Offsets], packed, result};
-  if (op.getBias())
-    args.push_back(weight(layer.weightIndex(op.getBias())));
-  auto tiles = op->getAttrOfType<ArrayAttr>(kGPUTilesAttrName);
-  for (auto [i, attr] : llvm::enumerate(tiles.getAsRange<GPUTileAttr>())) {
-    GemmKernel spec{attr,
-                    type,
-                    rowWidth,
-                    resultWidth,
-                    gather,
-                    op.hasEpilogue() ? &op.getEpilogue() : nullptr,
-                    bool(op.getBias())};
-    bool last = i + 1 == tiles.size();
-    if (!last) {
-      Value fits =
-          arith::CmpIOp::create(b, loc, arith::CmpIPredicate::sle, count, c32(attr.getUpTo()));
-      auto choice = scf::IfOp::create(b, loc, fits, /*withElse=*/true);
-      b.setInsertionPointToStart(choice.thenBlock());
-    }
-    // Rows of an expert end in at most one tile that is not full: no more tiles than this exist.
-    Value full = arith::DivUIOp::create(b, loc, count, c32(attr.getRows()));
-    Value partial = arith::MinUIOp::create(b, loc, count, c32(type.getExperts()));
-    Value grid = arith::MulIOp::create(b, loc, arith::AddIOp::create(b, loc, full, partial),
-                                       c32(spec.colBlocks()));
-    if (failed(launch((name + "_" + Twine(i)).str(), grid, c32(1), attr.getThreads(),
-                      attr.getSharedBytes(), args, [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
-                        return emitGemm(inner, kernel, spec);
-                      })))
-      return failure();
-    if (!last) {
-      auto choice = cast<scf::IfOp>(b.getInsertionBlock()->getParentOp());
-      b.setInsertionPointToStart(choice.elseBlock());
+/// A number of the entry that follows from the call alone, computed here.
+FailureOr<Value> EntryEmitter::onHost(Value v) {
+  if (auto argument = dyn_cast<BlockArgument>(v)) {
+    auto role =
+        cast<func::FuncOp>(argument.getOwner()->getParentOp())
+            .getArgAttrOfType<StringAttr>(argument.getArgNumber(), MoEDialect::kArgAttrName);
+    int64_t place = role && role == "routed_only"  ? offsetof(moec_frame, routed_only)
+                    : role && role == "accumulate" ? offsetof(moec_frame, accumulate)
+                                                   : 0;
+    if (place)
+      return arith::CmpIOp::create(b, loc, arith::CmpIPredicate::ne, field(b.getI64Type(), place),
+                                   c64(0))
+          .getResult();
+  } else if (Operation *op = v.getDefiningOp()) {
+    if (auto dim = dyn_cast<memref::DimOp>(op);
+        dim && isa<BlockArgument>(dim.getSource()) && dim.getConstantIndex() == 0)
+      return arith::IndexCastOp::create(b, loc, b.getIndexType(), tokens).getResult();
+    if (isa<arith::SelectOp, arith::ConstantOp>(op)) {
+      IRMapping map;
+      for (Value operand : op->getOperands()) {
+        FailureOr<Value> here = onHost(operand);
+        if (failed(here))
+          return failure();
+        map.map(operand, *here);
+      }
+      return b.clone(*op, map)->getResult(0);
     }
   }
-  return success();
+  return emitError(v.getLoc(), "expected a number that follows from the call, but got another: ")
+         << v;
+}
+
+/// Where the buffers of the workspace are, and those that the caller gave.
+void EntryEmitter::readFrame() {
+  Value tokens64 = arith::ExtUIOp::create(b, loc, b.getI64Type(), tokens);
+  Value count64 = arith::ExtUIOp::create(b, loc, b.getI64Type(), count);
+  SmallVector<Value> offsets(ScratchCount);
+  total(b, tokens64, count64, offsets);
+  Value workspace = field(ptr(), offsetof(moec_frame, workspace));
+  for (auto [place, offset] : llvm::zip_equal(scratch, offsets))
+    place = global(LLVM::GEPOp::create(b, loc, ptr(), b.getI8Type(), workspace,
+                                       ArrayRef<LLVM::GEPArg>{offset}));
+  if (layer.isDense())
+    return;
+  if (layer.up)
+    scratch[Offsets] = framePointer(offsetof(moec_frame, offsets));
+  ids = framePointer(offsetof(moec_frame, experts));
+  weights = framePointer(offsetof(moec_frame, expert_weights));
 }
 
 LogicalResult EntryEmitter::makeHost() {
@@ -217,109 +185,41 @@ LogicalResult EntryEmitter::makeHost() {
   frame = host.addEntryBlock()->getArgument(0);
   b.setInsertionPointToStart(&host.getBody().front());
   Value tokens64 = field(i64, offsetof(moec_frame, tokens));
-  Value slots64 = layer.dense ? c64(1) : field(i64, offsetof(moec_frame, slots));
   Value any = arith::CmpIOp::create(b, loc, arith::CmpIPredicate::sgt, tokens64, c64(0));
   auto work = scf::IfOp::create(b, loc, any, /*withElse=*/false);
   func::ReturnOp::create(b, loc);
   b.setInsertionPointToStart(work.thenBlock());
   tokens = arith::TruncIOp::create(b, loc, i32, tokens64);
-  slots = arith::TruncIOp::create(b, loc, i32, slots64);
+  slots = layer.isDense()
+              ? c32(1)
+              : arith::TruncIOp::create(b, loc, i32, field(i64, offsetof(moec_frame, slots)))
+                    .getResult();
   count = arith::MulIOp::create(b, loc, tokens, slots);
-  SmallVector<Value> offsets(ScratchCount);
-  total(b, tokens64, arith::MulIOp::create(b, loc, tokens64, slots64), offsets);
-  Value workspace = field(ptr(), offsetof(moec_frame, workspace));
-  for (auto [place, offset] : llvm::zip_equal(scratch, offsets))
-    place = global(LLVM::GEPOp::create(b, loc, ptr(), b.getI8Type(), workspace,
-                                       ArrayRef<LLVM::GEPArg>{offset}));
-  if (!layer.dense && layer.up)
-    scratch[Offsets] = global(field(ptr(), offsetof(moec_frame, offsets)));
-  Value ids, weights;
-  if (!layer.dense) {
-    ids = global(field(ptr(), offsetof(moec_frame, experts)));
-    weights = global(field(ptr(), offsetof(moec_frame, expert_weights)));
-  }
-
-  // 1. x into rows; with a router also the logits.
-  StageKernel stage = layer.stage();
-  SmallVector<Value> args = {global(field(ptr(), offsetof(moec_frame, x))),
-                             field(i64, offsetof(moec_frame, x_stride)), tokens, scratch[Rows]};
-  if (layer.router)
-    args.append({weight(layer.weightIndex(layer.routerWeightValue())), scratch[Partial]});
-  if (layer.dense)
-    args.push_back(scratch[Offsets]);
-  auto blocks = [&](Value n, int64_t size) -> Value {
-    return arith::DivUIOp::create(b, loc, arith::AddIOp::create(b, loc, n, c32(size - 1)),
-                                  c32(size));
-  };
-  auto fill = [](auto emitter) {
-    return [emitter](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
-      emitter(inner, kernel);
+  readFrame();
+  auto number = [&](Value v, Value &here) {
+    here = arith::ConstantOp::create(b, loc, b.getF32FloatAttr(1));
+    if (!v)
       return success();
-    };
-  };
-  if (failed(launch(layer.router ? "logits" : "stage", blocks(tokens, kLogitsTokens),
-                    c32(stage.slices()), stage.threads(), stage.sharedBytes(), args,
-                    fill([&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
-                      emitStage(inner, kernel, stage);
-                    }))))
-    return failure();
-
-  // 2. Experts and their weights.
-  if (layer.router) {
-    SelectKernel select{layer.routerAttr,
-                        layer.experts(),
-                        layer.routerWeight().panelCount(),
-                        stage.slices(),
-                        layer.logits,
-                        bool(layer.vectors.bias),
-                        bool(layer.vectors.selectionBias)};
-    SmallVector<Value> args = {scratch[Partial], tokens, weights, ids};
-    if (layer.logits)
-      args.append({global(field(ptr(), offsetof(moec_frame, logits))),
-                   field(i64, offsetof(moec_frame, logits_stride))});
-    for (Value vector : {layer.vectors.bias, layer.vectors.selectionBias})
-      if (vector)
-        args.push_back(weight(layer.weightIndex(vector)));
-    if (failed(launch("select", blocks(tokens, kSelectWarps), c32(1), 32 * kSelectWarps, 0, args,
-                      fill([&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
-                        emitSelect(inner, kernel, select);
-                      }))))
+    FailureOr<Value> made = onHost(v);
+    if (failed(made))
       return failure();
-  }
-  if (!layer.up)
+    here = *made;
+    if (here.getType().isIndex())
+      here = arith::IndexCastOp::create(b, loc, i32, here);
     return success();
-
-  // 3. Rows by expert.
-  if (!layer.dense &&
-      failed(launch("sort", c32(layer.experts()), c32(1), kSortThreads, kSortThreads / 32 * 8,
-                    {ids, count, slots, scratch[Offsets], scratch[Pair], scratch[Order]},
-                    fill([&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
-                      emitSort(inner, kernel, layer.experts());
-                    }))))
+  };
+  if (failed(number(layer.down ? layer.down.getScale() : Value(), scale)) ||
+      failed(number(layer.groupDown ? layer.groupDown.getScale() : Value(), groupScale)) ||
+      failed(number(layer.groupRows, groupCount)))
     return failure();
 
-  // 4. and 5. The matmuls.
-  if (failed(launchMatmul("up", layer.up, !layer.dense, layer.rowWidth(), layer.hiddenWidth(),
-                          scratch[Rows], scratch[Hidden])) ||
-      failed(launchMatmul("down", layer.down, false, layer.hiddenWidth(), layer.productWidth(),
-                          scratch[Hidden], scratch[Products])))
+  if (failed(launchStage()) || (layer.router && failed(launchSelect())))
     return failure();
-
-  // 6. Rows become tokens.
-  CombineKernel combine{layer.yType, GroupedMatmulOp(layer.down).getNumCols(), layer.productWidth(),
-                        layer.experts(), !layer.dense};
-  Value accumulate = c32(0);
-  if (GroupedMatmulOp(layer.down).getAccumulate())
-    accumulate = arith::TruncIOp::create(b, loc, i32, field(i64, offsetof(moec_frame, accumulate)));
-  SmallVector<Value> combineArgs = {scratch[Products],
-                                    global(field(ptr(), offsetof(moec_frame, y))),
-                                    field(i64, offsetof(moec_frame, y_stride)), accumulate};
-  if (!layer.dense)
-    combineArgs.append({ids, slots, scratch[Pair], scratch[Order], weights});
-  return launch("combine", tokens, c32(1), kCombineThreads, 0, combineArgs,
-                fill([&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
-                  emitCombine(inner, kernel, combine);
-                }));
+  if (!layer.up && !layer.groupUp)
+    return success();
+  if ((layer.up && failed(launchExperts())) || (layer.groupUp && failed(launchGroup())))
+    return failure();
+  return launchCombine();
 }
 
 LogicalResult EntryEmitter::emit() {

@@ -53,33 +53,16 @@ static LogicalResult checkParameters(Operation *op, Attribute attr, ArrayRef<Str
 LogicalResult Layer::checkRouter() {
   if (failed(checkAttributes(router, {"router", "compute", "strategy", "experts"})))
     return failure();
+  // What no target computes, and what only others do.
   if (failed(checkParameters(router, routerAttr,
                              {"score", "order", "top_k", "renormalize", "epsilon", "norm_p",
-                              "scale", "selection_bias", "groups"})))
+                              "scale", "input", "logit_transform", "select", "selection_bias",
+                              "groups", "input_epsilon", "jitter"})))
     return failure();
+  if (std::string refused = routerAttr.getUnimplemented(); !refused.empty())
+    return router->emitOpError("expected a router with GPU code, but got ") << refused;
   vectors = isa<RouterOp>(router) ? cast<RouterOp>(router).getVectors()
                                   : cast<RouteDispatchOp>(router).getVectors();
-  if (vectors.expertScale || vectors.inputScale)
-    return router->emitOpError("expected a router with biases alone, but got ")
-           << (vectors.expertScale ? "expert_scale" : "input_scale") << ": not built yet for GPUs";
-  if (routerAttr.getSelectionBias() == SelectionBias::Logit)
-    return router->emitOpError("expected selection_bias = score, but got logit: not built yet for "
-                               "GPUs");
-  if (routerAttr.getGroups() && routerAttr.getGroups().getCount() > 32)
-    return router->emitOpError("expected at most 32 groups on a GPU, but got ")
-           << routerAttr.getGroups().getCount();
-  if ((routerAttr.getGroups() || vectors.selectionBias) &&
-      routerAttr.getOrder() != RouterOrder::ScoreThenSelect)
-    return router->emitOpError("expected order = score_then_select with groups or a selection "
-                               "bias, but got the other: not built yet for GPUs");
-  if (routerAttr.getScore() != ScoreFunction::Softmax &&
-      routerAttr.getScore() != ScoreFunction::Sigmoid)
-    return router->emitOpError("expected score softmax or sigmoid, but got ")
-           << stringifyScoreFunction(routerAttr.getScore());
-  if (routerAttr.getRenormalize() != Renormalize::None &&
-      routerAttr.getRenormalize() != Renormalize::Sum)
-    return router->emitOpError("expected renormalize none or sum, but got ")
-           << stringifyRenormalize(routerAttr.getRenormalize());
   auto compute = router->getAttrOfType<TypeAttr>("compute");
   if (!(compute ? compute.getValue() : xType).isBF16())
     return router->emitOpError("expected x that is rounded to bf16, but got ")
@@ -89,25 +72,15 @@ LogicalResult Layer::checkRouter() {
   return success();
 }
 
-LogicalResult Layer::readMatmul(GroupedMatmulOp op) {
-  if (failed(checkAttributes(op, {"row_type", "combine_type", "strategy", kGPUTilesAttrName})))
-    return failure();
-  int64_t operands = 4 + (op.getViaPair() ? 2 : 0) + (op.getCombinePair() ? 3 : 0) +
-                     (op.getAccumulate() ? 1 : 0) + (op.getBias() ? 1 : 0);
-  if (op->getNumOperands() != operands)
-    return op.emitOpError("expected ")
-           << operands << " operands with GPU code, but got " << op->getNumOperands();
-  WeightType weight = op.getWeightType();
-  if (!weight.getFormat().getStorageType().isBF16())
-    return op.emitOpError("expected a weight in bf16, but got ") << weight;
-  if (weight.getLayout().getLayoutName() != "panel32-1")
-    return op.emitOpError("expected a weight in layout panel32, but got ") << weight;
-  if (weight.getExperts() > 1024)
-    return op.emitOpError("expected at most 1024 experts, but got ") << weight.getExperts();
-  auto rows = cast<ShapedType>(op.getRows().getType()).getElementType();
-  if (!(op.getRowType() ? *op.getRowType() : rows).isBF16())
-    return op.emitOpError("expected rows that are rounded to bf16, but got ")
-           << rows << "; run moe-gpu-attach-target";
+/// The clauses of a matmul that are operands.
+static int64_t countOperands(GroupedMatmulOp op) {
+  return 3 + (op.getViaPair() ? 2 : 0) + (op.getRowWeights() ? 1 : 0) + (op.getBias() ? 1 : 0) +
+         (op.getCombinePair() ? 3 : 0) + (op.getGate() ? 1 : 0) + (op.getScale() ? 1 : 0) +
+         (op.getAccumulate() ? 1 : 0) + (op.getStart() ? 1 : 0) + 1;
+}
+
+/// Tiles by rising number of rows, the last without a limit.
+static LogicalResult checkTiles(GroupedMatmulOp op) {
   auto tiles = op->getAttrOfType<ArrayAttr>(kGPUTilesAttrName);
   if (!tiles || tiles.empty() ||
       !llvm::all_of(tiles, [](Attribute tile) { return isa<GPUTileAttr>(tile); }))
@@ -120,23 +93,109 @@ LogicalResult Layer::readMatmul(GroupedMatmulOp op) {
              << tile.getUpTo() << " in place " << i;
     before = tile.getUpTo();
   }
+  return success();
+}
+
+LogicalResult Layer::readMatmul(GroupedMatmulOp op) {
+  if (failed(checkAttributes(op, {"row_type", "combine_type", "strategy", "unweighted",
+                                  kGPUTilesAttrName, kGPUCombineAttrName})))
+    return failure();
+  if (op->getNumOperands() != countOperands(op))
+    return op.emitOpError("expected ")
+           << countOperands(op) << " operands with GPU code, but got " << op->getNumOperands();
+  WeightType weight = op.getWeightType();
+  bool inGroup = groups.contains(op.getOffsets());
+  auto rows = cast<ShapedType>(op.getRows().getType()).getElementType();
+  if (!(op.getRowType() ? *op.getRowType() : rows).isBF16())
+    return op.emitOpError("expected rows that are rounded to bf16, but got ")
+           << rows << "; run moe-gpu-attach-target";
+  if (weight.getLayout().getLayoutName() != "panel32-1")
+    return op.emitOpError("expected a weight in layout panel32, but got ") << weight;
+  // One number for each token: the gate of a shared expert.
+  if (inGroup && !op.hasCombine() && weight.getRows() == 1 && weight.getParts() == 1 &&
+      cast<ShapedType>(op.getOut().getType()).getElementType().isF32() && !op.getBias()) {
+    if (gate)
+      return op.emitOpError("expected one gate, but got a second");
+    gate = op;
+    return success();
+  }
+  if (!weight.getFormat().getStorageType().isBF16())
+    return op.emitOpError("expected a weight in bf16, but got ") << weight;
+  if (weight.getExperts() > 1024)
+    return op.emitOpError("expected at most 1024 experts, but got ") << weight.getExperts();
+  if (failed(checkTiles(op)))
+    return failure();
+  if (auto combine = op->getAttrOfType<StringAttr>(kGPUCombineAttrName);
+      combine && combine != "ordered" && combine != "atomic")
+    return op.emitOpError("expected gpu_combine ordered or atomic, but got ") << combine;
+  GroupedMatmulOp &place =
+      op.hasCombine() ? (inGroup ? groupDown : down) : (inGroup ? groupUp : up);
+  if (place)
+    return op.emitOpError("expected one matmul ")
+           << (op.hasCombine() ? "with" : "without") << " combine for "
+           << (inGroup ? "one group" : "the experts")
+           << ", but got a second; all fuse passes must run for a GPU";
   if (op.hasCombine()) {
-    if (down)
-      return op.emitOpError("expected one matmul with combine, but got a second");
     if (op.hasVia() || op.hasEpilogue())
       return op.emitOpError("expected combine without gather and region, but got both");
     if (!op.getCombineType()->isBF16())
       return op.emitOpError("expected combine as bf16, but got ") << *op.getCombineType();
-    down = op;
-    return success();
-  }
-  if (up)
-    return op.emitOpError("expected one matmul without combine, but got a second; all fuse passes "
-                          "must run for a GPU");
-  if (weight.getParts() > 1 && !op.hasEpilogue())
+  } else if (weight.getParts() > 1 && !op.hasEpilogue()) {
     return op.emitOpError("expected a region on the parts, but got none; all fuse passes must run "
                           "for a GPU");
-  up = op;
+  }
+  place = op;
+  return success();
+}
+
+LogicalResult Layer::readGroup(SingleGroupOp op) {
+  if (groupRows && groupRows != op.getRows())
+    return op.emitOpError("expected the same tokens as in the other group, but got others");
+  groupRows = op.getRows();
+  groups.insert(op.getOut());
+  return success();
+}
+
+LogicalResult Layer::readArguments() {
+  for (BlockArgument argument : func.getArguments()) {
+    auto role =
+        func.getArgAttrOfType<StringAttr>(argument.getArgNumber(), MoEDialect::kArgAttrName);
+    if (!role)
+      return func.emitOpError("expected moe.arg on argument ") << argument.getArgNumber();
+    static constexpr StringRef known[] = {"x",        "y",          "weights",    "experts",
+                                          "logits",   "weight",     "accumulate", "offsets",
+                                          "router_x", "routed_only"};
+    if (!llvm::is_contained(known, role.getValue()))
+      return func.emitOpError("expected arguments with GPU code, but got ") << role;
+    routerX |= role == "router_x";
+    if (role != "x" && role != "y")
+      continue;
+    auto type = dyn_cast<MemRefType>(argument.getType());
+    if (!type)
+      return func.emitOpError("expected a buffer for ") << role << "; run moe-bufferize";
+    (role == "x" ? xType : yType) = type.getElementType();
+  }
+  if (!xType || ((up || groupUp) && !yType))
+    return func.emitOpError("expected arguments x and y, but got none");
+  return success();
+}
+
+/// That the matmuls read what the ones before them wrote, and add up in the order of the kernels.
+LogicalResult Layer::checkChain() {
+  for (auto [first, second] : {std::pair(up, down), std::pair(groupUp, groupDown)})
+    if (first && second.getRows() != first.getOut())
+      return second.emitOpError("expected the rows of the matmul before it, but got others");
+  if (up && !up.hasVia())
+    return up.emitOpError("expected rows via pairs, or one group, but got neither");
+  if (groupUp && groupUp.hasVia())
+    return groupUp.emitOpError("expected rows via pairs, or one group, but got both");
+  if (groupDown && bool(groupDown.getGate()) != bool(gate))
+    return groupDown.emitOpError("expected a gate that is computed here, but got another");
+  if (gate && groupDown.getGate() != gate.getOut())
+    return groupDown.emitOpError("expected the gate of this layer, but got another");
+  if (up && groupUp && groupDown.getStart() != down.getOut())
+    return groupDown.emitOpError("expected to go on from the sum of the experts, but got another "
+                                 "operand after `from`");
   return success();
 }
 
@@ -155,8 +214,8 @@ LogicalResult Layer::read(func::FuncOp function) {
       dispatched = true;
     } else if (isa<DispatchOp>(op)) {
       dispatched = true;
-    } else if (isa<SingleGroupOp>(op)) {
-      dense = true;
+    } else if (auto group = dyn_cast<SingleGroupOp>(op)) {
+      result = readGroup(group);
     } else if (auto matmul = dyn_cast<GroupedMatmulOp>(op)) {
       result = readMatmul(matmul);
     } else if (isa_and_nonnull<MoEDialect>(op->getDialect()) && !isa<moe::YieldOp>(op)) {
@@ -167,34 +226,18 @@ LogicalResult Layer::read(func::FuncOp function) {
   });
   if (walk.wasInterrupted())
     return failure();
-  if (bool(up) != bool(down) || (up && !dense && !dispatched) || (!up && !router))
+  if (bool(up) != bool(down) || bool(groupUp) != bool(groupDown) || (up && !dispatched) ||
+      (!up && !groupUp && !router) || (router && groupUp && !up))
     return func.emitOpError("expected a router, a dispatch and two matmuls, but got less");
-  if (up) {
-    if (down.getRows() != up.getOut())
-      return down.emitOpError("expected the rows of the matmul before it, but got others");
-    if (bool(up.getViaPair()) == dense)
-      return up.emitOpError("expected rows via pairs, or one group, but got ")
-             << (dense ? "both" : "neither");
-  }
-  for (BlockArgument argument : func.getArguments()) {
-    auto role =
-        func.getArgAttrOfType<StringAttr>(argument.getArgNumber(), MoEDialect::kArgAttrName);
-    if (!role)
-      return func.emitOpError("expected moe.arg on argument ") << argument.getArgNumber();
-    static constexpr StringRef known[] = {"x",      "y",      "weights",    "experts",
-                                          "logits", "weight", "accumulate", "offsets"};
-    if (!llvm::is_contained(known, role.getValue()))
-      return func.emitOpError("expected arguments with GPU code, but got ") << role;
-    if (role != "x" && role != "y")
-      continue;
-    auto type = dyn_cast<MemRefType>(argument.getType());
-    if (!type)
-      return func.emitOpError("expected a buffer for ") << role << "; run moe-bufferize";
-    (role == "x" ? xType : yType) = type.getElementType();
-  }
-  if (!xType || (up && !yType))
-    return func.emitOpError("expected arguments x and y, but got none");
+  if (failed(checkChain()) || failed(readArguments()))
+    return failure();
   return router ? checkRouter() : success();
+}
+
+bool Layer::isAtomic() const {
+  auto combine =
+      down ? GroupedMatmulOp(down)->getAttrOfType<StringAttr>(kGPUCombineAttrName) : StringAttr();
+  return combine && combine == "atomic";
 }
 
 Value Layer::routerWeightValue() const {
@@ -207,13 +250,9 @@ int64_t Layer::experts() const {
   return router ? routerWeight().getRows() : GroupedMatmulOp(up).getWeightType().getExperts();
 }
 
-int64_t Layer::rowWidth() const {
-  return up ? GroupedMatmulOp(up).getWeightType().paddedCols() : routerWeight().paddedCols();
-}
-
-StageKernel Layer::stage() const {
-  int64_t H = up ? GroupedMatmulOp(up).getWeightType().getCols() : routerWeight().getCols();
-  return {xType, H, rowWidth(), router ? routerWeight() : WeightType(), dense};
+int64_t Layer::hidden() const {
+  GroupedMatmulOp first = up ? up : groupUp;
+  return first ? first.getWeightType().getCols() : routerWeight().getCols();
 }
 
 int64_t Layer::weightIndex(Value weight) const {

@@ -11,11 +11,15 @@
 #include "Kernels/Kernels.h"
 
 #include "mlir/Dialect/Func/IR/FuncOps.h"
+#include "llvm/ADT/SmallPtrSet.h"
 
 namespace mlir::moe {
 
 /// Tiles of a grouped matmul: an array of #moe.gpu_tile.
 inline constexpr llvm::StringLiteral kGPUTilesAttrName = "gpu_tiles";
+/// How a grouped matmul with `combine` adds rows up: "ordered", which is what is meant without it,
+/// or "atomic".
+inline constexpr llvm::StringLiteral kGPUCombineAttrName = "gpu_combine";
 
 /// A bufferized, fused entry, understood as a whole. Everything in it has GPU code, or `read`
 /// fails and says what does not.
@@ -27,24 +31,36 @@ struct Layer {
   RouterAttr routerAttr;
   RouterVectors vectors;    ///< of the router; null where there is none
   bool logits = false;      ///< the route entry's third result
-  GroupedMatmulOp up, down; ///< null in a route entry
-  bool dense = false;       ///< one group of all rows
+  bool routerX = false;     ///< the router reads an input of its own
+  GroupedMatmulOp up, down; ///< of the experts; null in a route entry and in a dense layer
+  /// Of one group of tokens: a dense layer, or a shared expert with its gate (null: none).
+  GroupedMatmulOp groupUp, groupDown, gate;
+  Value groupRows; ///< how many tokens are in it
   Type xType, yType;
 
+  bool isDense() const { return !router && !up; }
+  bool isAtomic() const;
+  bool isOnInput() const { return up && GroupedMatmulOp(up).getRowWeights(); }
   Value routerWeightValue() const;
   WeightType routerWeight() const { return cast<WeightType>(routerWeightValue().getType()); }
   int64_t experts() const;
-  /// Columns in memory: of x after rounding, of the hidden rows, of the expert's result.
-  int64_t rowWidth() const;
-  int64_t hiddenWidth() const { return llvm::alignTo(GroupedMatmulOp(up).getNumCols(), 32); }
-  int64_t productWidth() const { return llvm::alignTo(GroupedMatmulOp(down).getNumCols(), 32); }
-  StageKernel stage() const;
+  /// Columns of x, and in memory of x after rounding and of the result.
+  int64_t hidden() const;
+  int64_t rowWidth() const { return llvm::alignTo(hidden(), 32); }
+  /// Columns in memory of the rows between two matmuls.
+  static int64_t width(GroupedMatmulOp op) { return llvm::alignTo(op.getNumCols(), 32); }
   /// The position of a weight argument in the table of weights.
   int64_t weightIndex(Value weight) const;
 
 private:
   LogicalResult readMatmul(GroupedMatmulOp op);
+  LogicalResult readGroup(SingleGroupOp op);
+  LogicalResult readArguments();
   LogicalResult checkRouter();
+  LogicalResult checkChain();
+
+  /// Offsets of one group of tokens.
+  llvm::SmallPtrSet<Value, 2> groups;
 };
 
 } // namespace mlir::moe

@@ -9,7 +9,9 @@
 #include "moe/Dialect/MoE/IR/MoEOps.h"
 #include "moe/Target/GPU/Arch.h"
 #include "moe/Target/GPU/Passes.h"
+#include "moe/Target/StrategyOverrides.h"
 
+#include "mlir/AsmParser/AsmParser.h"
 #include "mlir/Dialect/Func/IR/FuncOps.h"
 #include "llvm/Support/MathExtras.h"
 
@@ -136,9 +138,49 @@ static ArrayAttr chooseTiles(const GPUArch &arch, WeightType weight) {
   return ArrayAttr::get(context, tiles);
 }
 
+/// gpu_tiles and gpu_combine as the manifest writes them.
+static LogicalResult applyChange(GroupedMatmulOp op, const llvm::json::Object &change) {
+  MLIRContext *context = op.getContext();
+  for (const auto &[key, value] : change) {
+    if (StringRef(key) == kGPUCombineAttrName) {
+      auto text = value.getAsString();
+      if (!text || (*text != "ordered" && *text != "atomic"))
+        return op.emitOpError("expected strategy field `gpu_combine` to be \"ordered\" or "
+                              "\"atomic\", but got another value");
+      if (!op.getCombinePair())
+        return op.emitOpError(
+            "expected strategy field `gpu_combine` on a matmul that combines rows "
+            "of experts, but got another");
+      op->setAttr(kGPUCombineAttrName, StringAttr::get(context, *text));
+      continue;
+    }
+    const llvm::json::Array *list = value.getAsArray();
+    if (StringRef(key) != kGPUTilesAttrName || !list)
+      return op.emitOpError("expected a strategy field (gpu_tiles: a list, gpu_combine), but got `")
+             << StringRef(key) << "`";
+    SmallVector<Attribute> tiles;
+    for (const llvm::json::Value &item : *list) {
+      auto text = item.getAsString();
+      // Its verifier says what is wrong with a tile.
+      Attribute tile = text ? parseAttribute(*text, context) : Attribute();
+      if (!isa_and_nonnull<GPUTileAttr>(tile))
+        return op.emitOpError("expected strategy field `gpu_tiles` to list tiles as "
+                              "\"#moe.gpu_tile<...>\", but got another value");
+      tiles.push_back(tile);
+    }
+    op->setAttr(kGPUTilesAttrName, ArrayAttr::get(context, tiles));
+  }
+  return success();
+}
+
 namespace {
 struct SelectStrategyPass : public mlir::moe::impl::MoEGPUSelectStrategyBase<SelectStrategyPass> {
+  using MoEGPUSelectStrategyBase::MoEGPUSelectStrategyBase;
+
   void runOnOperation() override {
+    StrategyOverrides changes;
+    if (failed(changes.read(getOperation(), overrides)))
+      return signalPassFailure();
     for (auto func : getOperation().getOps<func::FuncOp>()) {
       auto target = func->getAttrOfType<TargetAttr>(MoEDialect::kTargetAttrName);
       if (!target || target.getDevice() != Device::CUDA)
@@ -146,11 +188,21 @@ struct SelectStrategyPass : public mlir::moe::impl::MoEGPUSelectStrategyBase<Sel
       const GPUArch *arch = checkArch(func, target.getLevel());
       if (!arch)
         return signalPassFailure();
-      func.walk([&](GroupedMatmulOp op) {
+      unsigned number = 0;
+      WalkResult walk = func.walk([&](GroupedMatmulOp op) {
         if (!op->hasAttr(kGPUTilesAttrName))
           op->setAttr(kGPUTilesAttrName, chooseTiles(*arch, op.getWeightType()));
+        std::string name = "grouped_matmul." + std::to_string(number++);
+        return WalkResult(
+            changes.visit(op, func.getSymName(), name, [&](const llvm::json::Object &change) {
+              return applyChange(op, change);
+            }));
       });
+      if (walk.wasInterrupted())
+        return signalPassFailure();
     }
+    if (failed(changes.checkAllUsed(getOperation())))
+      return signalPassFailure();
   }
 };
 } // namespace

@@ -31,7 +31,13 @@ def MoEGPUSelectStrategy : Pass<"moe-gpu-select-strategy", "::mlir::ModuleOp"> {
     Writes `gpu_tiles = [#moe.gpu_tile<...>, ...]` on every `moe.grouped_matmul` of functions with
     a `cuda` target: for each range of T·K the tile that the cost model finds fastest, by rising
     `up_to`, the last without a limit. A matmul that has `gpu_tiles` keeps them. Deterministic.
+    `overrides` is JSON, the `strategy` section of a manifest: functions, of matmuls, of
+    `gpu_tiles` (a list of attributes as text) and `gpu_combine` (`ordered` or `atomic`).
   }];
+  let options = [
+    Option<"overrides", "overrides", "std::string", /*default=*/"\"\"",
+           "strategies that replace those chosen, as JSON">
+  ];
   let dependentDialects = ["::mlir::moe::MoEDialect"];
 }
 
@@ -42,10 +48,16 @@ def MoEGPUEmitKernels : Pass<"moe-gpu-emit-kernels", "::mlir::ModuleOp"> {
 
     * `gpu.module @<function>_kernels` with one kernel per step: `stage` or `logits` (x rounded to
       bf16 and padded; partial sums of the logits), `select` (sums, scores, top-k), `sort` (stable
-      counting sort), `up_<i>` and `down_<i>` (grouped matmul, one per tile), `combine`;
+      counting sort), `weigh` (rows times weights, where they are applied to the input), `up_<i>`
+      and `down_<i>` (grouped matmul, one per tile), `gate`, `shared_up_<i>` and `shared_down_<i>`
+      (shared expert), `combine`;
     * `func.func @<function>(%frame: !llvm.ptr)`, which reads the call from a moec_frame and
       launches them. Grids follow from tokens and slots alone; nothing is read back.
     * `func.func @<function>_workspace_bytes(tokens, slots, lanes)`.
+
+    `gpu_combine = "atomic"` on the matmul with combine adds rows up where they are made, in
+    whatever order blocks come: no buffer of rows, and other bits from run to run. Without it
+    (`"ordered"`) a token's rows are added by rising expert.
 
     What has no GPU code is refused by name, attributes that this pass does not know included.
   }];

@@ -136,7 +136,7 @@ static void emitCallCounts(GPUBuilder &g, ValueRange args) {
                       return {g.add(state[0], g.select(mine, g.c(1), g.c(0)))};
                     });
   Value total = g.reduce(sum[0], [&](Value a, Value b) { return g.add(a, b); });
-  Value shared = LLVM::AddressOfOp::create(g.b, g.loc, g.ptr(3), kSharedName);
+  Value shared = g.sharedBase();
   g.ifThen(g.equal(g.rem(g.thread(), 32), 0),
            [&] { g.store(total, g.at(shared, g.mul(g.div(g.thread(), 32), 4)), 4); });
   g.barrier();

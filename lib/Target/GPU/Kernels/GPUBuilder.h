@@ -8,6 +8,7 @@
 #ifndef MOE_LIB_TARGET_GPU_KERNELS_GPUBUILDER_H
 #define MOE_LIB_TARGET_GPU_KERNELS_GPUBUILDER_H
 
+#include "Kernels.h"
 #include "moe/Target/CPU/VectorMath.h"
 
 #include "mlir/Dialect/Arith/IR/Arith.h"
@@ -19,6 +20,18 @@
 #include "mlir/IR/Builders.h"
 
 namespace mlir::moe {
+
+/// The arguments of a kernel, taken one after another in the order of its comment.
+class Arguments {
+public:
+  explicit Arguments(ValueRange values) : values(values) {}
+  Value next() { return values[taken++]; }
+  Value nextIf(bool has) { return has ? next() : Value(); }
+
+private:
+  ValueRange values;
+  size_t taken = 0;
+};
 
 /// Numbers of a kernel are i32, distances in global memory i64 bytes. Pointers are in address
 /// space 1 (global) or 3 (shared).
@@ -78,12 +91,17 @@ public:
   Value mulf(Value x, Value y) { return arith::MulFOp::create(b, loc, x, y); }
   Value divf(Value x, Value y) { return arith::DivFOp::create(b, loc, x, y); }
   Value maxf(Value x, Value y) { return arith::MaximumFOp::create(b, loc, x, y); }
+  Value sqrt(Value x) { return LLVM::SqrtOp::create(b, loc, x.getType(), x); }
+  Value greater(Value x, Value y) {
+    return arith::CmpFOp::create(b, loc, arith::CmpFPredicate::OGT, x, y);
+  }
   Value fma(Value x, Value y, Value z) { return LLVM::FMAOp::create(b, loc, x.getType(), x, y, z); }
   Value isNaN(Value x) { return arith::CmpFOp::create(b, loc, arith::CmpFPredicate::UNO, x, x); }
   Value bits(Value x) { return arith::BitcastOp::create(b, loc, i32(), x); }
   Value real(Value x) { return arith::BitcastOp::create(b, loc, f32(), x); }
   /// e^x by the polynomial that the CPU's kernels use.
   Value exp(Value x) { return fromVector(emitExp(b, loc, toVector(x))); }
+  Value tanh(Value x) { return fromVector(emitTanh(b, loc, toVector(x))); }
 
   /// Scalars as vectors of one element, for code that is written on vectors.
   Value toVector(Value x) {
@@ -98,6 +116,12 @@ public:
   Value roundBits(Value x) {
     Value half = LLVM::FPTruncOp::create(b, loc, b.getBF16Type(), x);
     return LLVM::BitcastOp::create(b, loc, i16(), half);
+  }
+  /// Two f32 rounded to bf16, in the halves of a word.
+  Value pair(Value low, Value high) {
+    Value bits = arith::ExtUIOp::create(b, loc, i32(), roundBits(low));
+    Value upper = arith::ExtUIOp::create(b, loc, i32(), roundBits(high));
+    return ori(bits, shl(upper, 16));
   }
   Value widenBits(Value half) { return real(shl(arith::ExtUIOp::create(b, loc, i32(), half), 16)); }
   /// f32 rounded to bf16 and widened again.
@@ -181,6 +205,18 @@ public:
     b.setInsertionPointToStart(op.elseBlock());
     otherwise();
   }
+  /// condition ? then() : otherwise(), of which one is computed.
+  SmallVector<Value> choose(Value condition, ArrayRef<Type> types,
+                            function_ref<SmallVector<Value>()> then,
+                            function_ref<SmallVector<Value>()> otherwise) {
+    auto op = scf::IfOp::create(b, loc, types, condition, /*withElse=*/true);
+    OpBuilder::InsertionGuard guard(b);
+    b.setInsertionPointToStart(op.thenBlock());
+    scf::YieldOp::create(b, loc, then());
+    b.setInsertionPointToStart(op.elseBlock());
+    scf::YieldOp::create(b, loc, otherwise());
+    return SmallVector<Value>(op.getResults());
+  }
   /// while (condition(state)) state = body(state).
   SmallVector<Value> whileLoop(ValueRange init, function_ref<Value(ValueRange)> condition,
                                function_ref<SmallVector<Value>(ValueRange)> body) {
@@ -213,6 +249,15 @@ public:
     return NVVM::VoteSyncOp::create(b, loc, i32(), all(), predicate, NVVM::VoteSyncKind::ballot);
   }
   Value popcount(Value x) { return LLVM::CtPopOp::create(b, loc, i32(), x); }
+  Value redux(Value v, NVVM::ReduxKind kind) {
+    return NVVM::ReduxOp::create(b, loc, i32(), v, kind, all());
+  }
+  /// The sum of the values of all lanes.
+  Value sumLanes(Value v) {
+    return reduce(v, [&](Value x, Value y) { return addf(x, y); });
+  }
+  /// Dynamic shared memory.
+  Value sharedBase() { return LLVM::AddressOfOp::create(b, loc, ptr(3), kSharedName); }
   /// Bits below the lane.
   Value maskBelow(Value laneId) { return sub(arith::ShLIOp::create(b, loc, c(1), laneId), c(1)); }
   /// Combines the values of all lanes by exchanging halves, quarters, …: one fixed tree.

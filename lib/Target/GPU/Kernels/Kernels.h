@@ -34,17 +34,24 @@ void declareShared(gpu::GPUModuleOp kernels);
 inline constexpr int64_t kLogitsTokens = 8, kLogitsSlice = 256;
 /// Warps, and so tokens, of a block of the `select` kernel.
 inline constexpr int64_t kSelectWarps = 4;
-inline constexpr int64_t kSortThreads = 256, kCombineThreads = 128;
+inline constexpr int64_t kSortThreads = 256, kCombineThreads = 128, kWeighThreads = 128;
+/// Warps of a block of the `gate` kernel, and tokens of a warp.
+inline constexpr int64_t kGateWarps = 4, kGateTokens = 4;
 
-/// stage(x, x_stride i64, tokens i32, rows[, router weight, partial sums][, offsets]): rows
-/// [T, width] are x rounded to bf16 and padded with zeros. With a router weight also the partial
-/// sums of the logits, f32 [slices, T, 32 · panels]: slice s is the sum over 256 of the reduction,
-/// in order. `dense` writes [0, T] to offsets.
+/// stage(x, x_stride i64, tokens i32[, rows][, sums][, offsets, count i32]
+///       [, router weight, partial sums[, input scale, squares]]): rows [T, width] are x rounded to
+/// bf16 and padded with zeros. sums [T, width] are set to zero, offsets to [0, count]. With a
+/// router weight the partial sums of the logits, f32 [slices, T, 32 · panels]: slice s is the sum
+/// over 256 of the reduction, in order; with an input scale, of x · scale, and squares [slices, T]
+/// are the sums of x².
 struct StageKernel {
-  Type x;            ///< element type of x
-  int64_t H, width;  ///< columns of x, of the rows
-  WeightType router; ///< null: no logits
-  bool dense;        ///< one group of all rows
+  Type x;                 ///< element type of x
+  int64_t H, width;       ///< columns of x, of the rows
+  WeightType router;      ///< null: no logits
+  bool rows = true;       ///< whether rows are written
+  bool sums = false;      ///< whether sums are cleared
+  bool group = false;     ///< whether offsets are written
+  bool normalize = false; ///< of the router: with an input scale
   int64_t slices() const { return llvm::divideCeil(width, kLogitsSlice); }
   int64_t threads() const { return router ? 32 * std::min<int64_t>(8, router.panelCount()) : 256; }
   int64_t sharedBytes() const { return router ? kLogitsTokens * kLogitsSlice * 4 : 0; }
@@ -52,21 +59,38 @@ struct StageKernel {
 void emitStage(OpBuilder &b, LLVM::LLVMFuncOp kernel, const StageKernel &spec);
 
 /// select(partial sums, tokens i32, weights, experts[, logits, logits_stride i64][, bias]
-/// [, selection bias]): what `moe.router` computes after the matmul. Biases are f32 [E].
+/// [, selection bias][, expert scale][, squares]): what `moe.router` computes after the matmul.
+/// Vectors are f32 [E], squares as `stage` writes them.
 struct SelectKernel {
   RouterAttr router;
-  int64_t E, panels, slices;
-  bool logits, bias, selectionBias;
+  int64_t E, H, panels, slices;
+  bool logits, bias, selectionBias, expertScale, squares;
 };
 void emitSelect(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKernel &spec);
+
+/// weigh(rows, weights, pair, slots i32, offsets, result): row n of the result is
+/// rows[pair[n] / slots] times weights[pair[n]], rounded. Block n has row n.
+struct WeighKernel {
+  int64_t E, width;
+};
+void emitWeigh(OpBuilder &b, LLVM::LLVMFuncOp kernel, const WeighKernel &spec);
+
+/// gate(rows, tokens i32, weight, result): result[t] = the region of Σ rows[t, i] · weight[i], f32.
+/// A lane sums every 32nd pair of the reduction, upwards, and the lanes' sums meet in a tree.
+struct GateKernel {
+  WeightType weight; ///< one column
+  int64_t width;     ///< columns of the rows
+  Region *epilogue;  ///< null: none
+};
+LogicalResult emitGate(OpBuilder &b, LLVM::LLVMFuncOp kernel, const GateKernel &spec);
 
 /// sort(ids, count i32, slots i32, offsets, pair, order): block e writes the rows of expert e:
 /// offsets[e], pair[n] = position in ids of sorted row n; order[t · slots + i] = the i-th sorted
 /// row of token t.
 void emitSort(OpBuilder &b, LLVM::LLVMFuncOp kernel, int64_t E);
 
-/// gemm(rows, pair, slots i32, offsets, weight, result[, bias]): one tile. `pair` is read with
-/// `gather`.
+/// gemm(rows, pair, slots i32, offsets, weight, result[, bias][, weights, scale f32]): one tile.
+/// `pair` is read with `gather` and with `add`.
 struct GemmKernel {
   GPUTileAttr tile;
   WeightType weight;
@@ -75,16 +99,25 @@ struct GemmKernel {
   bool gather;               ///< row n is rows[pair[n] / slots]
   Region *epilogue;          ///< null: none
   bool bias;                 ///< panels of 32 f32, as those of the weight
+  bool add = false;          ///< the atomic combine: the result are sums f32 [T, resultWidth], to
+                             ///< which w · row is added in whatever order blocks come
+  bool unweighted = false;   ///< of the atomic combine: w is scale alone
   int64_t colBlocks() const; ///< tiles side by side
 };
 LogicalResult emitGemm(OpBuilder &b, LLVM::LLVMFuncOp kernel, const GemmKernel &spec);
 
-/// combine(rows, y, y_stride i64, accumulate i32[, ids, slots i32, pair, order, weights]): block t
-/// sums the rows of token t in the order of `order`; without ids the row of token t is row t.
+/// combine(y, y_stride i64, accumulate i32
+///         [, rows[, ids, slots i32, pair, order[, weights], scale f32]]
+///         [, shared rows, shared count i32[, gate], shared scale f32]):
+/// block t writes token t: the old y or 0; the rows of the token in the order of `order`, each
+/// times weight · scale; row t of the shared ones times gate[t] · scale where t < count. `rows` are
+/// bf16, or f32 sums that are added as they are.
 struct CombineKernel {
   Type y;
   int64_t H, rowWidth, E;
-  bool routed;
+  enum class Rows { None, Routed, Sums } rows;
+  bool unweighted = false; ///< weights are 1
+  bool shared = false, gate = false;
 };
 void emitCombine(OpBuilder &b, LLVM::LLVMFuncOp kernel, const CombineKernel &spec);
 

@@ -112,7 +112,7 @@ static int32_t simtRegister(int32_t which) {
 static void *simtShared() { return reinterpret_cast<void *>(current->sharedBegin); }
 
 static void simtAccess(const char *site, uint64_t address, int32_t bytes, int32_t align,
-                       int32_t space, int32_t writes) {
+                       int32_t space, int32_t writes, int32_t atomic) {
   Impl &m = *current;
   if (address % uint32_t(align))
     return m.fail("%s: %s: expected an address aligned to %d bytes, but got %#llx",
@@ -120,7 +120,7 @@ static void simtAccess(const char *site, uint64_t address, int32_t bytes, int32_
   if (space == 3)
     m.checkShared(site, address, uint32_t(bytes), writes);
   else
-    m.checkGlobal(site, address, uint32_t(bytes), writes);
+    m.checkGlobal(site, address, uint32_t(bytes), writes, atomic);
 }
 
 static uint16_t simtRoundBF16(float value) {

@@ -50,7 +50,8 @@ private:
     return LLVM::GEPOp::create(b, loc, ptr(), b.getI8Type(), scratch,
                                ArrayRef<LLVM::GEPArg>{int32_t(i * 4)});
   }
-  void access(Operation *op, Value pointer, Type type, std::optional<uint64_t> align, bool writes);
+  void access(Operation *op, Value pointer, Type type, std::optional<uint64_t> align, bool writes,
+              bool atomic = false);
   /// Replaces `op`, whose result is a struct of words (or one), by the words of the scratch.
   void replaceWithScratch(Operation *op, int64_t first);
   LogicalResult rewrite(Operation *op);
@@ -112,13 +113,13 @@ static unsigned bytesOf(Type type) {
 }
 
 void KernelRewriter::access(Operation *op, Value pointer, Type type, std::optional<uint64_t> align,
-                            bool writes) {
+                            bool writes, bool atomic) {
   unsigned space = cast<LLVM::LLVMPointerType>(pointer.getType()).getAddressSpace();
   if (space != 1 && space != 3)
     return;
   call("moe_simt_access", none(),
        {site(op), address(pointer), c32(bytesOf(type)), c32(align.value_or(bytesOf(type))),
-        c32(space), c32(writes)});
+        c32(space), c32(writes), c32(atomic)});
 }
 
 void KernelRewriter::replaceWithScratch(Operation *op, int64_t first) {
@@ -219,6 +220,13 @@ LogicalResult KernelRewriter::rewrite(Operation *op) {
       })
       .Case([&](LLVM::StoreOp store) {
         access(op, store.getAddr(), store.getValue().getType(), store.getAlignment(), true);
+        return success();
+      })
+      .Case([&](LLVM::AtomicRMWOp atomic) {
+        if (cast<LLVM::LLVMPointerType>(atomic.getPtr().getType()).getAddressSpace() != 1)
+          return LogicalResult(
+              op->emitOpError("expected atomics in global memory, but got another"));
+        access(op, atomic.getPtr(), atomic.getVal().getType(), std::nullopt, true, true);
         return success();
       })
       .Case([&](LLVM::FPTruncOp trunc) {

@@ -195,7 +195,8 @@ struct Machine::Impl {
   void recordWrite(SharedShadow &shadow, int thread, bool async);
   void dropReaders(SharedShadow &shadow);
   bool checkOffsets(const char *site, uint64_t address, uint32_t bytes, const char *verb);
-  void checkGlobal(const char *site, uint64_t address, uint32_t bytes, bool writes);
+  void checkGlobal(const char *site, uint64_t address, uint32_t bytes, bool writes,
+                   bool atomic = false);
   void orderCopy(const char *site, PendingCopy copy);
   void land(int thread, const PendingCopy &copy);
   void dropCopies(int thread);

@@ -251,8 +251,11 @@ void Impl::checkShared(const char *site, uint64_t address, uint32_t bytes, bool 
 // Global memory
 //===----------------------------------------------------------------------===//
 
-void Impl::checkGlobal(const char *site, uint64_t address, uint32_t bytes, bool writes) {
+void Impl::checkGlobal(const char *site, uint64_t address, uint32_t bytes, bool writes,
+                       bool atomic) {
   const char *verb = writes ? "write" : "read";
+  // Atomic accesses of several blocks do not disturb each other: they count as one block's.
+  uint64_t block = atomic ? UINT64_MAX : blockNumber;
   for (Region &region : regions) {
     if (address < region.begin || address >= region.begin + region.bytes)
       continue;
@@ -267,11 +270,11 @@ void Impl::checkGlobal(const char *site, uint64_t address, uint32_t bytes, bool 
       return;
     for (uint64_t i = offset; i < offset + bytes; ++i) {
       GlobalShadow &shadow = region.shadow[i];
-      if (!writes && !shadow.written)
+      if ((!writes || atomic) && !shadow.written)
         return fail("%s: %s: expected bytes that were written, but got a read of byte %llu of "
                     "`%s`, which nobody wrote",
                     threadName(running).c_str(), site, (unsigned long long)i, region.name.c_str());
-      if (shadow.writeLaunch == launchNumber && shadow.writeBlock != blockNumber)
+      if (shadow.writeLaunch == launchNumber && shadow.writeBlock != block)
         return fail("%s: %s: race: %s of byte %llu of `%s`, which another block of this launch "
                     "wrote",
                     threadName(running).c_str(), site, verb, (unsigned long long)i,
@@ -279,7 +282,7 @@ void Impl::checkGlobal(const char *site, uint64_t address, uint32_t bytes, bool 
       if (writes) {
         shadow.written = true;
         shadow.writeLaunch = launchNumber;
-        shadow.writeBlock = blockNumber;
+        shadow.writeBlock = block;
       }
     }
     return;

@@ -15,12 +15,13 @@
 
 #include "../../../Runtime/cuda_stub.h"
 #include "moe/InitAll.h"
+#include "moe/Target/GPU/Passes.h"
 #include "moe/Target/GPU/Simt.h"
 
 #include "mlir/Dialect/GPU/IR/GPUDialect.h"
+#include "mlir/Dialect/LLVMIR/LLVMDialect.h"
 #include "mlir/Parser/Parser.h"
 #include "mlir/Pass/PassManager.h"
-#include "mlir/Pass/PassRegistry.h"
 
 #include <map>
 #include <optional>
@@ -31,6 +32,7 @@ using namespace mlir::moe;
 namespace {
 struct Driver {
   std::optional<SimtCode> code;
+  std::map<std::string, std::vector<uint32_t>> sizes; ///< of the arguments of kernels
   std::map<uint64_t, size_t> memory;
   std::unique_ptr<simt::Machine> machine; ///< null: memory has changed
   simt::Options options;
@@ -79,14 +81,18 @@ static int launchKernel(const char *kernel, const uint32_t grid[3], const uint32
   return launchFailed;
 }
 
+static const uint32_t *argumentSizes(const char *kernel, uint32_t *count) {
+  auto found = driver().sizes.find(kernel);
+  *count = found == driver().sizes.end() ? 0 : uint32_t(found->second.size());
+  return *count ? found->second.data() : nullptr;
+}
+
 #define API extern "C" __attribute__((visibility("default")))
 
 /// Compiles the kernels in the file. False: moe_simt_error() says why.
 API bool moe_simt_load(const char *path) {
   DialectRegistry registry;
   moe::registerAllDialects(registry);
-  static const bool registered = (moe::registerAllPasses(), true);
-  (void)registered;
   MLIRContext context(registry);
   auto module = parseSourceFile<ModuleOp>(path, &context);
   if (!module) {
@@ -96,9 +102,16 @@ API bool moe_simt_load(const char *path) {
   for (Operation &op : llvm::make_early_inc_range(*module->getBody()))
     if (!isa<gpu::GPUModuleOp>(op))
       op.erase();
+  module->walk([](LLVM::LLVMFuncOp kernel) {
+    std::vector<uint32_t> &sizes = driver().sizes[kernel.getSymName().str()];
+    for (Type type : kernel.getArgumentTypes())
+      sizes.push_back(isa<LLVM::LLVMPointerType>(type) ? 8 : type.getIntOrFloatBitWidth() / 8);
+  });
+  // Not by name: the registry of passes may be that of a compiler in this process.
   PassManager pm(&context);
-  if (failed(parsePassPipeline("moe-gpu-lower-kernels,moe-gpu-to-simt", pm)) ||
-      failed(pm.run(*module))) {
+  buildLowerGPUKernels(pm);
+  pm.addPass(createMoEGPUToSimt());
+  if (failed(pm.run(*module))) {
     driver().error = "expected kernels that can be lowered";
     return false;
   }
@@ -120,7 +133,7 @@ API void moe_simt_order(int order, uint64_t seed, bool earlyCopies) {
 }
 
 API const stub_hooks *moe_simt_hooks() {
-  static const stub_hooks hooks = {changeMemory, launchKernel};
+  static const stub_hooks hooks = {changeMemory, launchKernel, argumentSizes};
   return &hooks;
 }
 

@@ -9,10 +9,10 @@
 //
 // LAYER.mlir is a module as after the phase `import`. The function is compiled for a GPU and each
 // case run on the executor. Files of a case, raw and little endian: x.bin (bf16 or f32, as the
-// function's x), y.bin (with --accumulate), experts.bin and weights.bin (i32, f32; an `experts`
-// entry), w<i>.bin (f32 [E][parts][rows][cols], the weight with index i). Written: y.out,
-// experts.out, weights.out, logits.out (which the entry has). Exit status 1 and a sentence on
-// stderr: the executor found a fault; 2: anything else.
+// function's x), router_x.bin (the same, where the router reads it), y.bin (with --accumulate),
+// experts.bin and weights.bin (i32, f32; an `experts` entry), w<i>.bin (f32 [E][parts][rows][cols],
+// the weight with index i). Written: y.out, experts.out, weights.out, logits.out (which the entry
+// has). Exit status 1 and a sentence on stderr: the executor found a fault; 2: anything else.
 //
 //===----------------------------------------------------------------------===//
 
@@ -55,6 +55,8 @@ static cl::opt<bool> accumulate("accumulate", cl::desc("y += result"));
 static cl::opt<int64_t> padding("padding", cl::desc("elements between rows of x and y"));
 static cl::opt<int64_t> shift("shift", cl::desc("elements by which x and y are misaligned"));
 static cl::opt<std::string> mutation("mutate", cl::desc("KERNEL:KIND:N, a planted fault"));
+static cl::opt<bool> routedOnly("routed-only", cl::desc("the routed sum alone"));
+static cl::opt<bool> atomic("atomic", cl::desc("gpu_combine = \"atomic\""));
 static cl::opt<std::string> tiles("tiles", cl::desc("gpu_tiles of both matmuls, as text"));
 
 [[noreturn]] static void die(const Twine &message) {
@@ -108,7 +110,7 @@ static Signature readSignature(func::FuncOp func) {
     else if (auto type = dyn_cast<MemRefType>(argument.getType()))
       signature.buffers[role.str()] = type;
   }
-  func.walk([&](SingleGroupOp) { signature.dense = true; });
+  signature.dense = !signature.buffers.count("experts");
   return signature;
 }
 
@@ -280,13 +282,21 @@ static int runCase(SimtCode &code, const Signature &signature, bool given, Strin
   frame.slots = k;
   frame.lanes = 1;
   frame.accumulate = accumulate;
+  frame.routed_only = routedOnly;
   int64_t H = signature.dim("x", 1), E = 0;
   Rows x(T, H, signature.bytes("x"));
   x.fill(readFile<uint8_t>(dir + "x.bin", T * x.rowBytes));
   frame.x = x.data();
   frame.x_stride = H + padding;
   machine.addRegion(x.data(), x.span(), "x", true, true);
-  std::unique_ptr<Rows> y;
+  std::unique_ptr<Rows> y, routerX;
+  if (has("router_x")) {
+    routerX = std::make_unique<Rows>(T, H, signature.bytes("router_x"));
+    routerX->fill(readFile<uint8_t>(dir + "router_x.bin", T * routerX->rowBytes));
+    frame.router_x = routerX->data();
+    frame.router_x_stride = H + padding;
+    machine.addRegion(routerX->data(), routerX->span(), "router_x", true, true);
+  }
   if (has("y")) {
     y = std::make_unique<Rows>(T, H, signature.bytes("y"));
     if (accumulate)
@@ -407,6 +417,11 @@ int main(int argc, char **argv) {
       die("expected --tiles to be an attribute");
     func.walk([&](GroupedMatmulOp op) { op->setAttr("gpu_tiles", attr); });
   }
+  if (atomic)
+    func.walk([&](GroupedMatmulOp op) {
+      if (op.getCombinePair())
+        op->setAttr("gpu_combine", StringAttr::get(&context, "atomic"));
+    });
   runPipeline(*module, "moe-gpu-select-strategy,moe-bufferize,canonicalize,cse");
   Signature signature = readSignature(module->lookupSymbol<func::FuncOp>(functionName));
   runPipeline(*module, "moe-gpu-emit-kernels,moe-gpu-lower-host,"

@@ -1,0 +1,216 @@
+//===- Launches.cpp - the launches of an entry, in their order ------------===//
+//
+// Part of moec, under the Apache License v2.0 with LLVM Exceptions.
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+//
+//===----------------------------------------------------------------------===//
+
+#include "EntryEmitter.h"
+
+#include "mlir/Dialect/SCF/IR/SCF.h"
+
+using namespace mlir;
+using namespace mlir::moe;
+
+/// One kernel per tile; the number of rows says which is launched.
+LogicalResult EntryEmitter::launchMatmul(StringRef name, GroupedMatmulOp op, const MatmulRows &from,
+                                         Value result, bool add) {
+  OpBuilder::InsertionGuard guard(b);
+  WeightType type = op.getWeightType();
+  SmallVector<Value> args = {from.rows,    scratch[Pair],          slots,
+                             from.offsets, weight(op.getWeight()), result};
+  if (op.getBias())
+    args.push_back(weight(op.getBias()));
+  if (add)
+    args.append({weights, scale});
+  auto tiles = op->getAttrOfType<ArrayAttr>(kGPUTilesAttrName);
+  for (auto [i, attr] : llvm::enumerate(tiles.getAsRange<GPUTileAttr>())) {
+    GemmKernel spec{attr,
+                    type,
+                    from.rowWidth,
+                    Layer::width(op),
+                    from.gather,
+                    op.hasEpilogue() ? &op.getEpilogue() : nullptr,
+                    bool(op.getBias()),
+                    add,
+                    op.getUnweighted()};
+    bool last = i + 1 == tiles.size();
+    if (!last) {
+      Value fits =
+          arith::CmpIOp::create(b, loc, arith::CmpIPredicate::sle, from.count, c32(attr.getUpTo()));
+      auto choice = scf::IfOp::create(b, loc, fits, /*withElse=*/true);
+      b.setInsertionPointToStart(choice.thenBlock());
+    }
+    // Rows of an expert end in at most one tile that is not full: no more tiles than this exist.
+    Value full = arith::DivUIOp::create(b, loc, from.count, c32(attr.getRows()));
+    Value partial = arith::MinUIOp::create(b, loc, from.count, c32(type.getExperts()));
+    Value grid = arith::MulIOp::create(b, loc, arith::AddIOp::create(b, loc, full, partial),
+                                       c32(spec.colBlocks()));
+    if (failed(launch((name + "_" + Twine(i)).str(), grid, c32(1), attr.getThreads(),
+                      attr.getSharedBytes(), args, [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
+                        return emitGemm(inner, kernel, spec);
+                      })))
+      return failure();
+    if (!last) {
+      auto choice = cast<scf::IfOp>(b.getInsertionBlock()->getParentOp());
+      b.setInsertionPointToStart(choice.elseBlock());
+    }
+  }
+  return success();
+}
+
+/// x into rows, and the logits of what the router reads: one launch if that is x.
+LogicalResult EntryEmitter::launchStage() {
+  Type i64 = b.getI64Type();
+  StageKernel stage{layer.xType, layer.hidden(), layer.rowWidth(), {}};
+  stage.sums = layer.isAtomic();
+  stage.group = bool(layer.groupUp);
+  SmallVector<Value> args = {framePointer(offsetof(moec_frame, x)),
+                             field(i64, offsetof(moec_frame, x_stride)), tokens, scratch[Rows]};
+  if (stage.sums)
+    args.push_back(scratch[Sums]);
+  if (stage.group)
+    args.append({scratch[GroupOffsets], groupCount});
+  auto start = [&](StringRef name) {
+    return launchPlain(name, blocks(tokens, kLogitsTokens), c32(stage.slices()), stage.threads(),
+                       stage.sharedBytes(), args, [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
+                         emitStage(inner, kernel, stage);
+                       });
+  };
+  if (!layer.router || (layer.routerX && layer.up)) {
+    if (failed(start("stage")))
+      return failure();
+    if (!layer.router)
+      return success();
+  }
+  if (layer.routerX) {
+    stage.rows = stage.sums = stage.group = false;
+    args = {framePointer(offsetof(moec_frame, router_x)),
+            field(i64, offsetof(moec_frame, router_x_stride)), tokens};
+  }
+  stage.router = layer.routerWeight();
+  stage.normalize = bool(layer.vectors.inputScale);
+  args.append({weight(layer.routerWeightValue()), scratch[Partial]});
+  if (stage.normalize)
+    args.append({weight(layer.vectors.inputScale), scratch[Squares]});
+  return start("logits");
+}
+
+/// Experts and their weights.
+LogicalResult EntryEmitter::launchSelect() {
+  const RouterVectors &vectors = layer.vectors;
+  StageKernel stage{layer.xType, layer.hidden(), layer.rowWidth(), layer.routerWeight()};
+  SelectKernel select{layer.routerAttr,
+                      layer.experts(),
+                      layer.hidden(),
+                      layer.routerWeight().panelCount(),
+                      stage.slices(),
+                      layer.logits,
+                      bool(vectors.bias),
+                      bool(vectors.selectionBias),
+                      bool(vectors.expertScale),
+                      bool(vectors.inputScale)};
+  SmallVector<Value> args = {scratch[Partial], tokens, weights, ids};
+  if (layer.logits)
+    args.append({framePointer(offsetof(moec_frame, logits)),
+                 field(b.getI64Type(), offsetof(moec_frame, logits_stride))});
+  for (Value vector : {vectors.bias, vectors.selectionBias, vectors.expertScale})
+    if (vector)
+      args.push_back(weight(vector));
+  if (select.squares)
+    args.push_back(scratch[Squares]);
+  return launchPlain(
+      "select", blocks(tokens, kSelectWarps), c32(1), 32 * kSelectWarps, 0, args,
+      [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitSelect(inner, kernel, select); });
+}
+
+/// Rows by expert, and the matmuls.
+LogicalResult EntryEmitter::launchExperts() {
+  int64_t E = layer.experts();
+  if (failed(launchPlain(
+          "sort", c32(E), c32(1), kSortThreads, kSortThreads / 32 * 8,
+          {ids, count, slots, scratch[Offsets], scratch[Pair], scratch[Order]},
+          [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitSort(inner, kernel, E); })))
+    return failure();
+  MatmulRows from{scratch[Rows], scratch[Offsets], count, layer.rowWidth(), /*gather=*/true};
+  if (layer.isOnInput()) {
+    WeighKernel weigh{E, layer.rowWidth()};
+    if (failed(launchPlain(
+            "weigh", count, c32(1), kWeighThreads, 0,
+            {scratch[Rows], weights, scratch[Pair], slots, scratch[Offsets], scratch[Weighed]},
+            [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitWeigh(inner, kernel, weigh); })))
+      return failure();
+    from.rows = scratch[Weighed];
+    from.gather = false;
+  }
+  if (failed(launchMatmul("up", layer.up, from, scratch[Hidden])))
+    return failure();
+  from = {scratch[Hidden], scratch[Offsets], count, Layer::width(layer.up), /*gather=*/false};
+  bool atomic = layer.isAtomic();
+  return launchMatmul("down", layer.down, from, scratch[atomic ? Sums : Products], atomic);
+}
+
+/// The matmuls of a dense layer or a shared expert, and its gate. A call may be without.
+LogicalResult EntryEmitter::launchGroup() {
+  OpBuilder::InsertionGuard guard(b);
+  StringRef up = "up", down = "down";
+  if (!layer.isDense()) {
+    Value any = arith::CmpIOp::create(b, loc, arith::CmpIPredicate::sgt, groupCount, c32(0));
+    b.setInsertionPointToStart(scf::IfOp::create(b, loc, any, /*withElse=*/false).thenBlock());
+    up = "shared_up";
+    down = "shared_down";
+  }
+  if (layer.gate) {
+    GroupedMatmulOp op = layer.gate;
+    GateKernel gate{op.getWeightType(), layer.rowWidth(),
+                    op.hasEpilogue() ? &op.getEpilogue() : nullptr};
+    if (failed(launch("gate", blocks(groupCount, kGateWarps * kGateTokens), c32(1), 32 * kGateWarps,
+                      0, {scratch[Rows], groupCount, weight(op.getWeight()), scratch[Gate]},
+                      [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
+                        return emitGate(inner, kernel, gate);
+                      })))
+      return failure();
+  }
+  MatmulRows from{scratch[Rows], scratch[GroupOffsets], groupCount, layer.rowWidth(), false};
+  if (failed(launchMatmul(up, layer.groupUp, from, scratch[GroupHidden])))
+    return failure();
+  from.rows = scratch[GroupHidden];
+  from.rowWidth = Layer::width(layer.groupUp);
+  return launchMatmul(down, layer.groupDown, from, scratch[GroupProducts]);
+}
+
+/// Rows become tokens.
+LogicalResult EntryEmitter::launchCombine() {
+  CombineKernel combine{layer.yType, layer.hidden(), layer.rowWidth(),
+                        layer.up ? layer.experts() : 1, CombineKernel::Rows::None};
+  // Where both add up, the experts begin.
+  GroupedMatmulOp first = layer.up ? layer.down : layer.groupDown;
+  Value accumulate = c32(0);
+  if (first.getAccumulate())
+    accumulate = arith::TruncIOp::create(b, loc, b.getI32Type(),
+                                         field(b.getI64Type(), offsetof(moec_frame, accumulate)));
+  SmallVector<Value> args = {framePointer(offsetof(moec_frame, y)),
+                             field(b.getI64Type(), offsetof(moec_frame, y_stride)), accumulate};
+  if (layer.up && layer.isAtomic()) {
+    combine.rows = CombineKernel::Rows::Sums;
+    args.push_back(scratch[Sums]);
+  } else if (layer.up) {
+    combine.rows = CombineKernel::Rows::Routed;
+    combine.unweighted = GroupedMatmulOp(layer.down).getUnweighted();
+    args.append({scratch[Products], ids, slots, scratch[Pair], scratch[Order]});
+    if (!combine.unweighted)
+      args.push_back(weights);
+    args.push_back(scale);
+  }
+  if (layer.groupUp) {
+    combine.shared = true;
+    combine.gate = bool(layer.gate);
+    args.append({scratch[GroupProducts], groupCount});
+    if (combine.gate)
+      args.push_back(scratch[Gate]);
+    args.push_back(groupScale);
+  }
+  return launchPlain(
+      "combine", tokens, c32(1), kCombineThreads, 0, args,
+      [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitCombine(inner, kernel, combine); });
+}
