@@ -64,11 +64,9 @@ static std::string target(const PipelineOptions &options) {
 }
 
 static std::string strategy(const PipelineOptions &options) {
-  if (options.isGPU())
-    return "moe-gpu-select-strategy";
-  std::string text = "moe-select-strategy";
+  std::string text = options.isGPU() ? "moe-gpu-select-strategy" : "moe-select-strategy";
   std::vector<std::string> values;
-  if (options.l2Bytes)
+  if (options.l2Bytes && !options.isGPU())
     values.push_back("l2-bytes=" + std::to_string(options.l2Bytes));
   // One line, so that the text of the pipeline can be pasted into a shell.
   if (!options.strategyText.empty()) {

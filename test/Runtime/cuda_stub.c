@@ -1,5 +1,6 @@
 #include "cuda_stub.h"
 
+#include <dlfcn.h>
 #include <elf.h>
 #include <pthread.h>
 #include <stdbool.h>
@@ -82,11 +83,33 @@ API int stub_open(void) { return retained + pushed + modules; }
 API const char *stub_kernel(void) { return kernel; }
 API void *stub_stream(void) { return stream; }
 
-/* For programs that cannot call the functions above: MOEC_STUB_MEMORY, in bytes. */
+/* For programs that cannot call the functions above. */
 __attribute__((constructor)) static void read_environment(void) {
   const char *memory = getenv("MOEC_STUB_MEMORY");
   if (memory)
     machine.memory = (size_t)strtoull(memory, NULL, 10);
+}
+static void load_executor(void) {
+  static bool done;
+  char path[1024];
+  const char *both = getenv("MOEC_STUB_EXECUTOR"), *colon = both ? strchr(both, ':') : NULL;
+  if (done || !colon)
+    return;
+  done = true;
+  snprintf(path, sizeof path, "%.*s", (int)(colon - both), both);
+  void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  bool (*load)(const char *) = NULL;
+  const stub_hooks *(*get)(void) = NULL;
+  if (library) {
+    *(void **)(void *)&load = dlsym(library, "moe_simt_load");
+    *(void **)(void *)&get = dlsym(library, "moe_simt_hooks");
+  }
+  if (!load || !get || !load(colon + 1)) {
+    fprintf(stderr, "cuda_stub: expected MOEC_STUB_EXECUTOR to load, but got: %s\n",
+            library ? "kernels that do not" : dlerror());
+    abort();
+  }
+  hooks = *get();
 }
 
 #define ENTER(name)                                                                                \
@@ -98,6 +121,7 @@ __attribute__((constructor)) static void read_environment(void) {
 
 API int cuInit(unsigned flags) {
   ENTER("cuInit");
+  load_executor();
   return flags ? INVALID_VALUE : machine.devices ? 0 : NO_DEVICE;
 }
 API int cuDriverGetVersion(int *version) {
@@ -137,8 +161,16 @@ API int cuDeviceGetAttribute(int *value, int attribute, int device) {
   ENTER("cuDeviceGetAttribute");
   if (device < 40 || device >= 40 + machine.devices)
     return 101;
-  *value = attribute == 75 ? machine.major : attribute == 76 ? machine.minor : machine.shared;
-  return attribute == 75 || attribute == 76 || attribute == 97 ? 0 : INVALID_VALUE;
+  /* Clock and processors, clock, bus and cache of the memory: those of an A100. */
+  const int table[][2] = {{75, machine.major}, {76, machine.minor}, {97, machine.shared},
+                          {13, 1410000},       {16, 108},           {36, 1215000},
+                          {37, 5120},          {38, 40 << 20}};
+  for (size_t i = 0; i < sizeof table / sizeof *table; ++i)
+    if (table[i][0] == attribute) {
+      *value = table[i][1];
+      return 0;
+    }
+  return INVALID_VALUE;
 }
 API int cuDevicePrimaryCtxRetain(void **context, int device) {
   ENTER("cuDevicePrimaryCtxRetain");
@@ -274,6 +306,30 @@ API int cuMemGetInfo_v2(size_t *unused, size_t *total) {
   return 0;
 }
 
+/* ---- captured calls ---- */
+
+typedef struct node {
+  struct node *next;
+  char kernel[256]; /* empty: a memset */
+  uint32_t grid[3], threads[3], shared;
+  uint64_t arguments[32];
+  void *places[32];
+  uint64_t to;
+  size_t step, width, rows;
+  unsigned char value;
+} node;
+typedef struct {
+  node *first, **last;
+} graph;
+static graph *captured;
+
+static node *append(void) {
+  node *n = calloc(1, sizeof *n);
+  *captured->last = n;
+  captured->last = &n->next;
+  return n;
+}
+
 /* Device addresses have to be inside of one allocation. */
 static bool exists(uint64_t begin, size_t bytes) {
   bool good = false;
@@ -309,9 +365,14 @@ API int cuMemsetD2D8Async(uint64_t to, size_t step, unsigned char value, size_t 
   ENTER("cuMemsetD2D8Async");
   if (!pushed || !rows || step < width || !exists(to, (rows - 1) * step + width))
     return INVALID_VALUE;
+  stream = on;
+  if (capturing && capturing == on) {
+    node *n = append();
+    n->to = to, n->step = step, n->value = value, n->width = width, n->rows = rows;
+    return 0;
+  }
   for (size_t i = 0; i < rows; ++i)
     memset((char *)(uintptr_t)to + i * step, value, width);
-  stream = on;
   return 0;
 }
 
@@ -326,11 +387,24 @@ API int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsig
   snprintf(kernel, sizeof kernel, "%s", (const char *)function);
   stream = on;
   const uint32_t grid[3] = {x, y, z}, threads[3] = {bx, by, bz};
+  if (capturing && capturing == on) {
+    node *n = append();
+    memcpy(n->kernel, kernel, sizeof n->kernel);
+    memcpy(n->grid, grid, sizeof grid);
+    memcpy(n->threads, threads, sizeof threads);
+    n->shared = shared;
+    uint32_t count = 0;
+    const uint32_t *sizes = hooks.sizes ? hooks.sizes(kernel, &count) : NULL;
+    for (uint32_t i = 0; i < count && i < 32; ++i) {
+      memcpy(&n->arguments[i], arguments[i], sizes[i]);
+      n->places[i] = &n->arguments[i];
+    }
+    return count > 32 ? INVALID_VALUE : 0;
+  }
   return hooks.launch ? hooks.launch(kernel, grid, threads, shared, arguments) : 0;
 }
 
-/* ---- streams, graphs and events: enough for a benchmark to run through; nothing takes time ----
- */
+/* ---- streams, graphs and events: a replay launches what was captured; nothing takes time ---- */
 
 API int cuCtxSynchronize(void) {
   ENTER("cuCtxSynchronize");
@@ -348,32 +422,54 @@ API int cuStreamCreate(void **out, unsigned flags) {
 }
 API int cuStreamBeginCapture_v2(void *on, int mode) {
   ENTER("cuStreamBeginCapture_v2");
+  if (capturing || mode > 2)
+    return INVALID_VALUE;
   capturing = on;
-  return mode > 2;
+  captured = calloc(1, sizeof *captured);
+  captured->last = &captured->first;
+  return 0;
 }
-API int cuStreamEndCapture(void *on, void **graph) {
+API int cuStreamEndCapture(void *on, void **out) {
   ENTER("cuStreamEndCapture");
-  const int code = capturing == on ? 0 : INVALID_VALUE;
+  const int code = capturing && capturing == on ? 0 : INVALID_VALUE;
   capturing = NULL;
-  *graph = malloc(1);
+  *out = captured;
+  captured = NULL;
   return code;
 }
-API int cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long flags) {
+API int cuGraphInstantiateWithFlags(void **exec, void *from, unsigned long long flags) {
   ENTER("cuGraphInstantiateWithFlags");
-  *exec = malloc(1);
-  return graph && !flags ? 0 : INVALID_VALUE;
+  *exec = from; /* it lives until the graph is destroyed, which callers do last */
+  return from && !flags ? 0 : INVALID_VALUE;
 }
 API int cuGraphLaunch(void *exec, void *on) {
   ENTER("cuGraphLaunch");
   stream = on;
-  return exec ? 0 : INVALID_VALUE;
+  int code = exec ? 0 : INVALID_VALUE;
+  for (const node *n = exec ? ((const graph *)exec)->first : NULL; n && !code; n = n->next) {
+    if (n->kernel[0] && hooks.launch)
+      code = hooks.launch(n->kernel, n->grid, n->threads, n->shared, n->places);
+    for (size_t i = 0; !n->kernel[0] && i < n->rows; ++i)
+      memset((char *)(uintptr_t)n->to + i * n->step, n->value, n->width);
+  }
+  return code;
 }
-API int cuGraphExecDestroy(void *exec) {
-  free(exec);
+API int cuGraphExecDestroy(void *exec) { return exec ? 0 : INVALID_VALUE; }
+API int cuGraphDestroy(void *from) {
+  graph *g = from;
+  for (node *n = g ? g->first : NULL, *next; n; n = next) {
+    next = n->next;
+    free(n);
+  }
+  free(g);
   return 0;
 }
-API int cuGraphDestroy(void *graph) {
-  free(graph);
+API int cuStreamDestroy_v2(void *on) {
+  free(on);
+  return 0;
+}
+API int cuEventDestroy_v2(void *event) {
+  free(event);
   return 0;
 }
 API int cuEventCreate(void **event, unsigned flags) {

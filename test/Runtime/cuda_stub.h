@@ -1,6 +1,8 @@
 /* A CUDA driver that is none, for tests: device memory is host memory, launches are recorded or
    handed to a function. Built as a library with the SONAME of the real one, so that whoever loads
-   it first makes it the process's driver. */
+   it first makes it the process's driver. In the environment of programs that know nothing of it:
+   MOEC_STUB_MEMORY=bytes of the device, MOEC_STUB_EXECUTOR=library:kernels.mlir (the SIMT executor,
+   which then runs what is launched). */
 #ifndef MOEC_TEST_CUDA_STUB_H
 #define MOEC_TEST_CUDA_STUB_H
 #include <stddef.h>
@@ -17,6 +19,8 @@ typedef struct {
   /* Runs a kernel; 0 or a CUDA error. */
   int (*launch)(const char *kernel, const uint32_t grid[3], const uint32_t block[3],
                 uint32_t shared, void *const *arguments);
+  /* Bytes of every argument of a kernel, so that a captured launch can keep them. */
+  const uint32_t *(*sizes)(const char *kernel, uint32_t *count);
 } stub_hooks;
 
 void stub_reset(const stub_machine *machine); /* NULL: one device 8.0; forgets hooks and failures */

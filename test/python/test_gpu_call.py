@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import moec_command
 from gpu_call import LAYER
+from gpu_layers import from_bf16
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("MOE_BUILD_DIR", ROOT / "build"))
@@ -59,6 +63,121 @@ def test_python_binding(library):
     assert done.returncode == 0, done.stderr
 
 
+def stubbed(kernels=None):
+    """Where a program finds the stub as its driver, and behind it the executor."""
+    env = {**os.environ, "LD_LIBRARY_PATH": str(BUILD / "test/Runtime/cuda_stub")}
+    env["MOEC_STUB_MEMORY"] = str(300 << 20)
+    if kernels:
+        env["MOEC_STUB_EXECUTOR"] = f"{EXECUTOR}:{kernels}"
+    return env
+
+
+def test_run_is_what_the_cpu_computes(library, tmp_path):
+    """moec run --device cuda, on random weights that a library for the CPU has too."""
+    config = library[0].parent / "config.json"
+    options = [
+        "--cpu",
+        "native",
+        "--checkpoint",
+        "random:4",
+        "--quiet",
+        "-o",
+        tmp_path / "cpu.moec",
+    ]
+    moec_command("compile", config, *options)
+    results = {}
+    for where, folder in {"cuda": library[0], "cpu": tmp_path / "cpu.moec"}.items():
+        files = ["-o", tmp_path / f"{where}.npy", "--trace", tmp_path / f"{where}.safetensors"]
+        moec_command(
+            "run", folder, "--device", where, "--tokens", "9", *files, env=stubbed(library[1])
+        )
+        results[where] = from_bf16(np.load(tmp_path / f"{where}.npy").view(np.uint16))
+    assert np.abs(results["cuda"] - results["cpu"]).max() <= 0.02 * np.abs(results["cpu"]).max()
+    assert np.abs(results["cpu"]).max() > 0.1
+    used = [load_file(tmp_path / f"{where}.safetensors") for where in ("cuda", "cpu")]
+    for name, values in used[0].items():
+        np.testing.assert_allclose(values, used[1][name], rtol=1e-5, err_msg=name)
+    # Without the executor nothing is computed, and without a device there is a sentence.
+    done = moec_command(
+        "run", library[0], "--device", "cuda:3", "--tokens", "1", check=False, env=stubbed()
+    )
+    assert done.returncode == 6 and "E-NO-DEVICE" in done.stderr
+    done = moec_command(
+        "run",
+        tmp_path / "cpu.moec",
+        "--device",
+        "cuda",
+        "--tokens",
+        "1",
+        check=False,
+        env=stubbed(),
+    )
+    assert done.returncode == 6 and "E-ARCH" in done.stderr
+
+
+def test_bench_on_a_device(library):
+    """Every step runs on the stub, where a call takes 125 us and nothing is computed."""
+    options = ["--device", "cuda", "--blocks", "2"]
+    tests = ["--tokens", "1,8", "--routing", "uniform,zipf"]
+    done = moec_command(
+        "bench", library[0], *options, *tests, "--no-dense", "-o", "jsonl", env=stubbed()
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(r["tokens"], r["routing"]) for r in rows] == [
+        (1, "uniform"), (8, "uniform"), (1, "zipf"), (8, "zipf")
+    ]  # fmt: skip
+    for row in rows:
+        assert row["cpu"] == "Stub 0" and row["level"] == "sm_80" and row["threads"] == 108
+        assert row["enqueued_us"]["median"] == 125
+        # Routing that is given does not run the router: it is timed apart and added.
+        assert row["us"]["median"] == 250 and row["route_us"]["median"] == 125
+        assert row["peak"]["gflops"] == 311900 and 0 < row["experts_used"] <= LAYER.E
+    # Graphs replay what they recorded, here on the executor; the dense FFN is compiled on the fly.
+    tests = ["--tokens", "1", "--routing", "model"]
+    done = moec_command("bench", library[0], *options, *tests, env=stubbed(library[1]), check=False)
+    assert done.returncode == 6 and "kernel" in done.stderr and "719" in done.stderr, done.stderr
+    done = moec_command("bench", library[0], *options, *tests, env=stubbed())
+    assert "| 1.00 (" in done.stdout and "by its clock" in done.stderr
+    done = moec_command("bench", library[0], "--device", "cuda", "--threads", "2", check=False)
+    assert done.returncode == 2 and "none with --device cuda" in done.stderr
+
+
+def test_strategy_of_a_library(library, tmp_path):
+    """The section of the manifest, edited: tiles and the atomic combine; slips are refused."""
+    config = library[0].parent / "config.json"
+    manifest = json.loads((library[0] / "manifest.json").read_text())
+    assert (
+        manifest["strategy"]["f0_sm_80_bf16_bf16"]["grouped_matmul.1"]["gpu_combine"] == "ordered"
+    )
+    tile = "#moe.gpu_tile<cols = 64, rows = 16, k = 32, stages = 3, warps_cols = 2, warps_rows = 1>"
+    change = {"f0_*": {"grouped_matmul.*": {"gpu_tiles": [tile]},
+                       "grouped_matmul.1": {"gpu_combine": "atomic"}}}  # fmt: skip
+
+    def compile_with(change, check=True):
+        (tmp_path / "s.json").write_text(json.dumps(change))
+        options = ["--target", "cuda", "--checkpoint", "none", "--strategy", tmp_path / "s.json"]
+        options += ["--compile-to", "kernels", "-o", tmp_path / "k.mlir", "--force"]
+        return moec_command("compile", config, *options, check=check)
+
+    compile_with(change)
+    text = (tmp_path / "k.mlir").read_text()
+    assert "atomicrmw fadd" in text
+    assert re.search(r"@f0_\w+_down_0\(", text) and not re.search(r"@f0_\w+_down_1\(", text)
+    for slip, says in [
+        ({"f0_*": {"grouped_matmul.7": {}}}, "matches none"),
+        ({"f0_*": {"grouped_matmul.0": {"gpu_combine": "atomic"}}}, "combines rows of experts"),
+        ({"f0_*": {"grouped_matmul.0": {"rows": 3}}}, "expected a strategy field"),
+        ({"f0_*": {"grouped_matmul.0": {"gpu_tiles": [tile.replace("k = 32", "k = 48")]}}}, "k"),
+    ]:
+        done = compile_with(slip, check=False)
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+
+
+def test_doctor_names_the_device():
+    done = moec_command("doctor", "--no-measure", env=stubbed())
+    assert "Stub 0, sm_80" in done.stdout and "cuda: `sm_80`" in done.stdout
+
+
 def test_benchmark_runs_through(library, tmp_path):
     """Every driver call of benchmarks/gpu on the stub, where nothing takes time or is computed. The
     stub refuses in a capture what would wait."""
@@ -66,8 +185,7 @@ def test_benchmark_runs_through(library, tmp_path):
     link = ["-L", BUILD / "lib", "-lmoec", "-lm", "-ldl", f"-Wl,-rpath,{BUILD / 'lib'}"]
     flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-I", ROOT / "include"]
     subprocess.run(["cc", *flags, source, "-o", program, *link], check=True)
-    stub = BUILD / "test/Runtime/cuda_stub"
-    env = {**os.environ, "LD_LIBRARY_PATH": str(stub), "MOEC_STUB_MEMORY": str(300 << 20)}
+    env = stubbed()
     command = [program, library[0], "--tokens", "1,5", "--repeats", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr

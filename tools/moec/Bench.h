@@ -6,13 +6,15 @@
 //===----------------------------------------------------------------------===//
 //
 // BenchModel.cpp makes what is measured (code, weights, banks), BenchRun.cpp
-// measures one test, BenchTable.cpp prints rows, BenchCommand.cpp is the command.
+// measures one test on a CPU and BenchGPU.cpp on a GPU, BenchTable.cpp prints
+// rows, BenchCommand.cpp is the command.
 //
 //===----------------------------------------------------------------------===//
 
 #ifndef MOEC_TOOL_BENCH_H
 #define MOEC_TOOL_BENCH_H
 
+#include "Device.h"
 #include "Measure.h"
 #include "Usage.h"
 
@@ -54,7 +56,7 @@ private:
 struct OpenedModel {
   moec_model *model = nullptr;
   moec_context *context = nullptr; ///< on the pool
-  moec_context *stages = nullptr;  ///< on the clock
+  moec_context *stages = nullptr;  ///< on the clock; null on a GPU
   OpenedModel() = default;
   OpenedModel(const OpenedModel &) = delete;
   ~OpenedModel();
@@ -85,14 +87,17 @@ struct BenchSetup {
   std::vector<int64_t> layers; ///< decoder layers wanted; empty: one of each kind of MoE layer
   std::optional<Format> dtype; ///< MODEL only
   std::string level;           ///< cap; empty: the best
-  int64_t banks = 0;           ///< 0: until they exceed twice the last-level cache
+  DLDevice device = {kDLCPU, 0};
+  std::string gpu;   ///< of `device`, as "sm_90": what a MODEL is compiled for
+  int64_t banks = 0; ///< 0: until they exceed twice the last-level cache
   int64_t maxTokens = 0;
   bool dense = true; ///< also the dense FFN of equal active parameters
   uint64_t cacheBytes = 0;
   std::string scratch; ///< an empty folder to compile into
 };
 
-/// Everything in memory, ready to run. `notes` are said aloud.
+/// Everything in memory, ready to run. `notes` are said aloud. On a GPU `pool` and `clock` are
+/// null.
 struct BenchModel {
   std::string name;
   uint64_t totalParameters = 0;
@@ -101,7 +106,7 @@ struct BenchModel {
   std::vector<std::string> notes;
 };
 llvm::Expected<BenchModel> prepareBench(const BenchSetup &setup, moec_executor *pool,
-                                        StageClock &clock);
+                                        StageClock *clock);
 
 //===----------------------------------------------------------------------===//
 // One test
@@ -134,6 +139,7 @@ struct BenchRow {
   int64_t tokens = 0;
   std::string routing;
   Quartiles layer, route, dense; ///< of a call; route is part of layer where it ran on its own
+  Quartiles enqueued;            ///< on a GPU: of a call that is not the replay of a graph
   Quartiles ratio;               ///< layer over dense, block by block
   int64_t blocks = 0, calls = 0, inputs = 0;
   double expertsUsed = 0;    ///< mean over the inputs
@@ -144,6 +150,21 @@ struct BenchRow {
   std::vector<StageTime> stages;
 };
 
+/// One input: tokens, and where they go if that is not the router's to say.
+struct BenchInput {
+  std::vector<char> x;
+  std::vector<int32_t> experts; ///< [T,K]; empty: the router decides
+  std::vector<float> weights;   ///< [T,K]
+};
+llvm::Expected<std::vector<BenchInput>> makeInputs(const Subject &subject, int64_t tokens,
+                                                   const Routing &routing, uint64_t seed);
+Quartiles quartiles(std::vector<double> values);
+/// Notes in `row` which experts the inputs use, and what a call reads and multiplies. `routed`: the
+/// router's choice for an input that leaves it to it.
+llvm::Error countWork(BenchRow &row, const Subject &subject, const Subject *dense,
+                      std::vector<BenchInput> &inputs,
+                      llvm::function_ref<llvm::Expected<std::vector<int32_t>>(int64_t)> routed);
+
 struct BenchOptions {
   int64_t blocks = 0; ///< 0: 15, fewer (at least 5) where one test would take over ten seconds
   uint64_t seed = 0;
@@ -152,6 +173,15 @@ struct BenchOptions {
 llvm::Expected<BenchRow> runTest(const Subject &subject, const Subject *dense, int64_t tokens,
                                  const Routing &routing, const BenchOptions &options,
                                  StageClock &clock, ReadProbe &probe);
+
+/// Measures the device: rates and cache as those of a machine with one thread for each processor.
+llvm::Expected<MachineConstants> measureDevice(Device &device);
+/// The same test on a GPU: every call is the replay of a graph, timed by events, and finds a cold
+/// L2 cache.
+llvm::Expected<BenchRow> runTestOnDevice(const Subject &subject, const Subject *dense,
+                                         int64_t tokens, const Routing &routing,
+                                         const BenchOptions &options, Device &device,
+                                         const MachineConstants &machine);
 
 //===----------------------------------------------------------------------===//
 // Output

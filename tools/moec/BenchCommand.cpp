@@ -13,6 +13,7 @@
 #include "Model.h"
 
 #include "moe/Support/JSON.h"
+#include "moe/Target/GPU/Arch.h"
 
 #include "llvm/Support/FormatVariadic.h"
 #include "llvm/Support/raw_ostream.h"
@@ -53,6 +54,10 @@ static cl::opt<std::string> dtypeOption("dtype", cl::init("auto"),
 static cl::opt<std::string> cpuOption("cpu", cl::desc("Highest CPU level to use, as x86-64-v3"),
                                       cl::value_desc("LEVEL"), cl::cat(category()),
                                       cl::sub(benchParser()));
+static cl::opt<std::string> deviceOption("device", cl::init("cpu"),
+                                         cl::desc("Where to measure (default cpu)"),
+                                         cl::value_desc("cpu|cuda|cuda:N"), cl::cat(category()),
+                                         cl::sub(benchParser()));
 static cl::opt<int> threadsOption("threads",
                                   cl::desc("Threads (default: those this process may use)"),
                                   cl::value_desc("N"), cl::init(0), cl::cat(category()),
@@ -137,6 +142,16 @@ static llvm::Expected<Request> understand() {
   if (!cpuOption.empty())
     if (auto levels = parseLevels(cpuOption); !levels)
       return levels.takeError();
+  auto device = parseDevice(deviceOption);
+  if (!device)
+    return device.takeError();
+  out.setup.device = *device;
+  if (device->device_type == kDLCUDA)
+    for (const auto &[option, given] : {std::pair("--cpu", cpuOption.getNumOccurrences()),
+                                        std::pair("--threads", threadsOption.getNumOccurrences()),
+                                        std::pair("--machine", machineOption.getNumOccurrences())})
+      if (given)
+        return makeError(ErrorCode::ARGUMENT, option, "none with --device cuda", "one");
   if (threadsOption < 0 || threadsOption > 4095)
     return wrong("--threads", "0 to 4095", llvm::Twine(threadsOption));
   out.threads = threadsOption;
@@ -157,7 +172,7 @@ static llvm::Expected<Request> understand() {
   return out;
 }
 
-static std::string headText(const BenchHeader &header, const BenchModel &model) {
+static std::string headText(const BenchHeader &header, const BenchModel &model, bool gpu) {
   std::string out;
   llvm::raw_string_ostream os(out);
   const MachineConstants &machine = header.machine;
@@ -165,13 +180,23 @@ static std::string headText(const BenchHeader &header, const BenchModel &model) 
     auto [name, rate] = machine.bestFlops(bf16);
     return llvm::formatv("{0} {1:f0} GFLOP/s", name, rate / 1e9).str();
   };
-  os << machine.cpu << ", " << machine.threads << " thread" << (machine.threads == 1 ? "" : "s")
-     << "; peak f32 " << peak(false) << ", bf16 " << peak(true) << "; read "
-     << llvm::formatv("{0:f1} GB/s", machine.bestRead() / 1e9) << "\n";
+  if (gpu) {
+    os << machine.cpu << ", " << machine.threads << " processors; " << peak(true)
+       << " by its clock; copies "
+       << llvm::formatv("{0:f0} GB/s", machine.read.at("copy").all / 1e9);
+    if (auto nominal = machine.read.find("nominal"); nominal != machine.read.end())
+      os << " of " << llvm::formatv("{0:f0}", nominal->second.all / 1e9)
+         << " by the memory's clock";
+    os << "; " << sizeText(machine.l3Total) << " of L2 are overwritten before every call\n";
+  } else {
+    os << machine.cpu << ", " << machine.threads << " thread" << (machine.threads == 1 ? "" : "s")
+       << "; peak f32 " << peak(false) << ", bf16 " << peak(true) << "; read "
+       << llvm::formatv("{0:f1} GB/s", machine.bestRead() / 1e9) << "\n";
+  }
   for (const auto &[subject, dense] : model.subjects) {
     os << subject.name << ": " << subject.banks.size() << " bank"
        << (subject.banks.size() == 1 ? "" : "s") << " of " << sizeText(subject.bankBytes)
-       << " take turns; last-level cache " << sizeText(machine.l3Total);
+       << (gpu ? "" : " take turns; last-level cache " + sizeText(machine.l3Total));
     if (dense)
       os << "; dense FFN of width " << dense->spec.F << ": " << sizeText(dense->bankBytes) << " x "
          << dense->banks.size();
@@ -180,64 +205,37 @@ static std::string headText(const BenchHeader &header, const BenchModel &model) 
   return out;
 }
 
-/// In the child.
-static llvm::Error work(Request request) {
-  moec_pool_options poolOptions;
-  MOEC_INIT(poolOptions);
-  poolOptions.threads = request.threads;
-  moec_executor *pool = nullptr;
-  moec_error error;
-  if (moec_pool_create(&poolOptions, &pool, &error))
-    return runtimeError(error);
-  llvm::scope_exit closePool([&] { moec_pool_destroy(pool); });
-  BenchHeader header;
-  header.machine = describeMachine();
-  request.setup.cacheBytes =
-      static_cast<uint64_t>(header.machine.l3Total ? header.machine.l3Total : header.machine.l2);
-  request.setup.scratch = stageFolder;
-  StageClock clock(pool);
-  auto model = prepareBench(request.setup, pool, clock);
-  if (!model)
-    return model.takeError();
-  for (const std::string &note : model->notes)
-    Log::get().note(note);
-  if (request.machine) {
-    int32_t threads = pool->lanes;
-    if (request.machine->threads != threads)
-      return makeError(
-          ErrorCode::ARGUMENT, "--machine", "constants of " + llvm::Twine(threads) + " threads",
-          llvm::Twine(request.machine->threads), "moec doctor --threads measures them");
-    header.machine = *request.machine;
-  } else if (llvm::Error failed = measureMachine(header.machine, pool)) {
-    return failed;
-  }
-  header.model = model->name;
-  header.totalParameters = model->totalParameters;
-  Log::get().note(llvm::StringRef(headText(header, *model)).rtrim().str());
-
-  ReadProbe probe(header.machine, pool);
+/// Runs every test; rows are printed as they come where the format is one line a row.
+static llvm::Expected<std::vector<BenchRow>>
+runTests(const Request &request, const BenchHeader &header, const BenchModel &model,
+         llvm::function_ref<llvm::Expected<BenchRow>(const Subject &, const Subject *, int64_t,
+                                                     const Routing &)>
+             test) {
   std::vector<BenchRow> rows;
-  {
-    Progress progress(
-        "bench", model->subjects.size() * request.routings.size() * request.tokens.size(), "tests");
-    noteForCrash("phase.txt", "running the benchmark\n");
-    for (const auto &[subject, dense] : model->subjects)
-      for (const Routing &routing : request.routings)
-        for (int64_t tokens : request.tokens) {
-          progress.label("T=" + std::to_string(tokens) + " " + routing.text);
-          auto row = runTest(subject, dense ? &*dense : nullptr, tokens, routing, request.options,
-                             clock, probe);
-          if (!row)
-            return row.takeError();
-          // One line as soon as it is known: a long run that is cut short has given something.
-          if (request.format == "jsonl") {
-            llvm::outs() << llvm::json::Value(benchRecord(header, *row)) << "\n";
-            llvm::outs().flush();
-          }
-          rows.push_back(std::move(*row));
-          progress.advance(1);
+  Progress progress(
+      "bench", model.subjects.size() * request.routings.size() * request.tokens.size(), "tests");
+  noteForCrash("phase.txt", "running the benchmark\n");
+  for (const auto &[subject, dense] : model.subjects)
+    for (const Routing &routing : request.routings)
+      for (int64_t tokens : request.tokens) {
+        progress.label("T=" + std::to_string(tokens) + " " + routing.text);
+        auto row = test(subject, dense ? &*dense : nullptr, tokens, routing);
+        if (!row)
+          return row.takeError();
+        // One line as soon as it is known: a long run that is cut short has given something.
+        if (request.format == "jsonl") {
+          llvm::outs() << llvm::json::Value(benchRecord(header, *row)) << "\n";
+          llvm::outs().flush();
         }
-  }
+        rows.push_back(std::move(*row));
+        progress.advance(1);
+      }
+  return std::move(rows);
+}
+
+/// The table, and E-SPREAD.
+static llvm::Error finish(const Request &request, const BenchHeader &header,
+                          const std::vector<BenchRow> &rows) {
   if (request.format == "md") {
     llvm::outs() << benchMarkdown(header, rows);
   } else if (request.format == "csv") {
@@ -259,6 +257,84 @@ static llvm::Error work(Request request) {
                          llvm::formatv("{0:f1} %", row.layer.spread() * 100).str(),
                          "close other programs, or run more blocks");
   return llvm::Error::success();
+}
+
+static void introduce(BenchHeader &header, const BenchModel &model, bool gpu) {
+  header.model = model.name;
+  header.totalParameters = model.totalParameters;
+  for (const std::string &note : model.notes)
+    Log::get().note(note);
+  Log::get().note(llvm::StringRef(headText(header, model, gpu)).rtrim().str());
+}
+
+/// In the child, on a GPU.
+static llvm::Error workOnDevice(Request request) {
+  auto device = Device::open(request.setup.device.device_id);
+  if (!device)
+    return device.takeError();
+  // Machine code of this very device where it can be made, else PTX for all.
+  constexpr int capabilityMajor = 75, capabilityMinor = 76;
+  std::string arch = "sm_" + std::to_string((*device)->attribute(capabilityMajor)) +
+                     std::to_string((*device)->attribute(capabilityMinor));
+  request.setup.gpu = llvm::is_contained(mlir::moe::assembledArchNames(), arch) ? arch : "sm_80";
+  request.setup.scratch = stageFolder;
+  auto model = prepareBench(request.setup, nullptr, nullptr);
+  if (!model)
+    return model.takeError();
+  BenchHeader header;
+  auto machine = measureDevice(**device);
+  if (!machine)
+    return machine.takeError();
+  header.machine = std::move(*machine);
+  introduce(header, *model, /*gpu=*/true);
+  auto rows = runTests(
+      request, header, *model,
+      [&](const Subject &subject, const Subject *dense, int64_t tokens, const Routing &routing) {
+        return runTestOnDevice(subject, dense, tokens, routing, request.options, **device,
+                               header.machine);
+      });
+  return rows ? finish(request, header, *rows) : rows.takeError();
+}
+
+/// In the child.
+static llvm::Error work(Request request) {
+  if (request.setup.device.device_type == kDLCUDA)
+    return workOnDevice(std::move(request));
+  moec_pool_options poolOptions;
+  MOEC_INIT(poolOptions);
+  poolOptions.threads = request.threads;
+  moec_executor *pool = nullptr;
+  moec_error error;
+  if (moec_pool_create(&poolOptions, &pool, &error))
+    return runtimeError(error);
+  llvm::scope_exit closePool([&] { moec_pool_destroy(pool); });
+  BenchHeader header;
+  header.machine = describeMachine();
+  request.setup.cacheBytes =
+      static_cast<uint64_t>(header.machine.l3Total ? header.machine.l3Total : header.machine.l2);
+  request.setup.scratch = stageFolder;
+  StageClock clock(pool);
+  auto model = prepareBench(request.setup, pool, &clock);
+  if (!model)
+    return model.takeError();
+  if (request.machine) {
+    int32_t threads = pool->lanes;
+    if (request.machine->threads != threads)
+      return makeError(
+          ErrorCode::ARGUMENT, "--machine", "constants of " + llvm::Twine(threads) + " threads",
+          llvm::Twine(request.machine->threads), "moec doctor --threads measures them");
+    header.machine = *request.machine;
+  } else if (llvm::Error failed = measureMachine(header.machine, pool)) {
+    return failed;
+  }
+  introduce(header, *model, /*gpu=*/false);
+  ReadProbe probe(header.machine, pool);
+  auto rows = runTests(
+      request, header, *model,
+      [&](const Subject &subject, const Subject *dense, int64_t tokens, const Routing &routing) {
+        return runTest(subject, dense, tokens, routing, request.options, clock, probe);
+      });
+  return rows ? finish(request, header, *rows) : rows.takeError();
 }
 
 static int run() {

@@ -100,8 +100,9 @@ uint64_t Subject::bytesRead(int64_t experts) const {
 // Code
 //===----------------------------------------------------------------------===//
 
-/// Compiles `spec` for one level into `folder` (library and manifest, no weights).
-static llvm::Error compileInto(const ModelSpec &spec, const std::string &level,
+/// Compiles `spec` for one CPU level, or for a GPU if it is one's name, into `folder` (library and
+/// manifest, no weights).
+static llvm::Error compileInto(const ModelSpec &spec, const std::string &level, bool gpu,
                                const std::string &folder, const std::string &scratch) {
   noteForCrash("phase.txt", "compiling for the benchmark\n");
   if (llvm::Error error = checkModel(spec))
@@ -111,12 +112,15 @@ static llvm::Error compileInto(const ModelSpec &spec, const std::string &level,
     return error;
   noteForCrash("input.mlir", compiler.text());
   PipelineChoice choice;
-  choice.levels = {level};
+  (gpu ? choice.gpus : choice.levels) = {level};
   if (llvm::Error error = compiler.runPhases(choice))
     return error;
   auto table = compiler.table(spec, /*needCode=*/true);
   if (!table)
     return table.takeError();
+  if (gpu)
+    if (llvm::Error error = compiler.addImages(*table, choice.gpus, scratch))
+      return error;
   auto code = compiler.code(*table, mlir::moe::CodeFormat::Object);
   if (!code)
     return code.takeError();
@@ -233,12 +237,13 @@ static llvm::Error fillWeights(moec_model *model, int32_t layer, const LayerSpec
 
 static llvm::Expected<std::unique_ptr<OpenedModel>>
 openFolder(const std::string &folder, int32_t load, const BenchSetup &setup, moec_executor *pool,
-           StageClock &clock) {
+           StageClock *clock) {
   auto out = std::make_unique<OpenedModel>();
   moec_error error;
   moec_open_options options;
   MOEC_INIT(options);
   options.load = load;
+  options.device = setup.device;
   options.cpu_level = setup.level.empty() ? nullptr : setup.level.c_str();
   if (moec_open(folder.c_str(), &options, &out->model, &error))
     return runtimeError(error);
@@ -248,9 +253,11 @@ openFolder(const std::string &folder, int32_t load, const BenchSetup &setup, moe
   contextOptions.executor = pool;
   if (moec_context_create(out->model, &contextOptions, &out->context, &error))
     return runtimeError(error);
-  contextOptions.executor = clock.executor();
-  if (moec_context_create(out->model, &contextOptions, &out->stages, &error))
-    return runtimeError(error);
+  if (clock) {
+    contextOptions.executor = clock->executor();
+    if (moec_context_create(out->model, &contextOptions, &out->stages, &error))
+      return runtimeError(error);
+  }
   return std::move(out);
 }
 
@@ -300,6 +307,9 @@ static llvm::Error describe(Subject &subject) {
 /// How many banks make twice the cache, if memory allows.
 static int64_t banksFor(uint64_t bytes, const BenchSetup &setup, std::vector<std::string> &notes) {
   int64_t wanted = setup.banks;
+  // The cache of a GPU is overwritten between calls instead.
+  if (setup.device.device_type == kDLCUDA)
+    return std::max<int64_t>(wanted, 1);
   if (!wanted)
     wanted = std::max<int64_t>(
         1, static_cast<int64_t>((2 * setup.cacheBytes + bytes) / std::max<uint64_t>(bytes, 1)));
@@ -371,8 +381,9 @@ struct Library {
 } // namespace
 
 llvm::Expected<BenchModel> prepareBench(const BenchSetup &setup, moec_executor *pool,
-                                        StageClock &clock) {
+                                        StageClock *clock) {
   BenchModel out;
+  bool gpu = setup.device.device_type == kDLCUDA;
   bool compiled = llvm::sys::fs::exists(setup.path + "/manifest.json");
   std::optional<Manifest> manifest;
   ModelSpec spec;
@@ -480,8 +491,10 @@ llvm::Expected<BenchModel> prepareBench(const BenchSetup &setup, moec_executor *
       if (llvm::Error error = describe(subject))
         return std::move(error);
       readLabels(*manifest, manifest->layers[(*chosen)[i]].code, subject);
-      level = subject.level; // the dense FFN is compared at the same level
+      level = gpu ? setup.gpu : subject.level; // the dense FFN is compared at the same level
     }
+  } else if (gpu) {
+    level = setup.gpu;
   } else {
     auto best = chooseLevel(setup.level);
     if (!best)
@@ -491,7 +504,7 @@ llvm::Expected<BenchModel> prepareBench(const BenchSetup &setup, moec_executor *
 
   if (!library.spec.layers.empty()) {
     std::string folder = setup.scratch + "/bench.moec";
-    if (llvm::Error error = compileInto(library.spec, level, folder, setup.scratch))
+    if (llvm::Error error = compileInto(library.spec, level, gpu, folder, setup.scratch))
       return std::move(error);
     auto made = readManifest(folder);
     if (!made)

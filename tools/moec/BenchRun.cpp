@@ -27,7 +27,7 @@ static double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-static Quartiles quartiles(std::vector<double> values) {
+Quartiles quartiles(std::vector<double> values) {
   llvm::sort(values);
   size_t n = values.size();
   return {values[n / 4], values[n / 2], values[n - 1 - n / 4]};
@@ -78,13 +78,6 @@ private:
   uint64_t state;
 };
 
-/// One input: tokens, and where they go if that is not the router's to say.
-struct Input {
-  std::vector<char> x;
-  std::vector<int32_t> experts; ///< [T,K]; empty: the router decides
-  std::vector<float> weights;   ///< [T,K]
-};
-
 DLTensor tensor(void *data, uint8_t code, uint8_t bits, int64_t *shape) {
   DLTensor t;
   memset(&t, 0, sizeof(t));
@@ -99,7 +92,7 @@ DLTensor tensor(void *data, uint8_t code, uint8_t bits, int64_t *shape) {
 /// Calls of one subject on rotating inputs and banks.
 class Caller {
 public:
-  Caller(const Subject &subject, int64_t tokens, std::vector<Input> &inputs)
+  Caller(const Subject &subject, int64_t tokens, std::vector<BenchInput> &inputs)
       : subject(subject), tokens(tokens), inputs(inputs),
         bf16(subject.spec.compute == Format::BF16),
         y(static_cast<size_t>(tokens * subject.spec.H) * (bf16 ? 2 : 4)),
@@ -108,7 +101,7 @@ public:
   enum What { Layer, Route };
   /// Runs call number `n`. `stages`: on the context that times stages.
   llvm::Error call(int64_t n, What what, bool stages = false) {
-    Input &in = inputs[n % static_cast<int64_t>(inputs.size())];
+    BenchInput &in = inputs[n % static_cast<int64_t>(inputs.size())];
     const Bank &bank = subject.banks[n % static_cast<int64_t>(subject.banks.size())];
     int64_t wide[] = {tokens, subject.spec.H}, narrow[] = {tokens, subject.spec.K};
     uint8_t code = bf16 ? kDLBfloat : kDLFloat, bits = bf16 ? 16 : 32;
@@ -161,7 +154,7 @@ public:
 private:
   const Subject &subject;
   int64_t tokens;
-  std::vector<Input> &inputs;
+  std::vector<BenchInput> &inputs;
   bool bf16;
   std::vector<char> y;
   std::vector<int32_t> chosen;
@@ -187,11 +180,11 @@ static std::vector<int32_t> drawExperts(int64_t tokens, int64_t chosen,
   return out;
 }
 
-static llvm::Expected<std::vector<Input>> makeInputs(const Subject &subject, int64_t tokens,
-                                                     const Routing &routing, uint64_t seed) {
+llvm::Expected<std::vector<BenchInput>> makeInputs(const Subject &subject, int64_t tokens,
+                                                   const Routing &routing, uint64_t seed) {
   const LayerSpec &spec = subject.spec;
   // Few tokens touch few experts: more inputs, so that together they touch most.
-  std::vector<Input> out(tokens < 64 ? 16 : 4);
+  std::vector<BenchInput> out(tokens < 64 ? 16 : 4);
   Random random(seed * 0x1000193 + 1);
   std::vector<double> popularity(spec.E, 1.0);
   if (routing.kind == Routing::Zipf) {
@@ -288,6 +281,38 @@ static llvm::Error timeStages(Caller &caller, Caller::What what,
   return llvm::Error::success();
 }
 
+llvm::Error countWork(BenchRow &row, const Subject &subject, const Subject *dense,
+                      std::vector<BenchInput> &inputs,
+                      llvm::function_ref<llvm::Expected<std::vector<int32_t>>(int64_t)> routed) {
+  const LayerSpec &spec = subject.spec;
+  bool isRouted = spec.kind == LayerKind::MoE;
+  for (size_t n = 0; n < inputs.size() && isRouted; ++n) {
+    std::vector<int32_t> experts = inputs[n].experts;
+    if (experts.empty()) {
+      auto chosen = routed(static_cast<int64_t>(n));
+      if (!chosen)
+        return chosen.takeError();
+      experts = std::move(*chosen);
+    }
+    std::vector<int64_t> counts(spec.E);
+    for (int32_t id : experts)
+      if (id >= 0 && id < spec.E)
+        ++counts[id];
+    row.expertsUsed +=
+        static_cast<double>(spec.E - llvm::count(counts, 0)) / static_cast<double>(inputs.size());
+    row.largestExpert = std::max(row.largestExpert, *llvm::max_element(counts));
+  }
+  double perExpert = static_cast<double>(subject.bytesRead(1) - subject.bytesRead(0));
+  row.bytes =
+      static_cast<double>(subject.bytesRead(0)) + (isRouted ? perExpert * row.expertsUsed : 0.0);
+  row.flops = static_cast<double>(subject.activeFlops) * static_cast<double>(row.tokens);
+  if (dense) {
+    row.denseBytes = static_cast<double>(dense->bankBytes);
+    row.denseFlops = static_cast<double>(dense->activeFlops) * static_cast<double>(row.tokens);
+  }
+  return llvm::Error::success();
+}
+
 llvm::Expected<BenchRow> runTest(const Subject &subject, const Subject *dense, int64_t tokens,
                                  const Routing &routing, const BenchOptions &options,
                                  StageClock &clock, ReadProbe &probe) {
@@ -309,29 +334,13 @@ llvm::Expected<BenchRow> runTest(const Subject &subject, const Subject *dense, i
   if (dense)
     other.emplace(*dense, tokens, *inputs);
 
-  // Who serves whom.
-  for (size_t n = 0; n < inputs->size() && routed; ++n) {
-    std::vector<int32_t> experts = (*inputs)[n].experts;
-    if (experts.empty()) {
-      if (llvm::Error error = layer.call(static_cast<int64_t>(n), Caller::Route))
-        return std::move(error);
-      experts = layer.routed();
-    }
-    std::vector<int64_t> counts(spec.E);
-    for (int32_t id : experts)
-      ++counts[id];
-    row.expertsUsed +=
-        static_cast<double>(spec.E - llvm::count(counts, 0)) / static_cast<double>(inputs->size());
-    row.largestExpert = std::max(row.largestExpert, *llvm::max_element(counts));
-  }
-  double perExpert = static_cast<double>(subject.bytesRead(1) - subject.bytesRead(0));
-  row.bytes =
-      static_cast<double>(subject.bytesRead(0)) + (routed ? perExpert * row.expertsUsed : 0.0);
-  row.flops = static_cast<double>(subject.activeFlops) * static_cast<double>(tokens);
-  if (dense) {
-    row.denseBytes = static_cast<double>(dense->bankBytes);
-    row.denseFlops = static_cast<double>(dense->activeFlops) * static_cast<double>(tokens);
-  }
+  auto choice = [&](int64_t n) -> llvm::Expected<std::vector<int32_t>> {
+    if (llvm::Error error = layer.call(n, Caller::Route))
+      return std::move(error);
+    return layer.routed();
+  };
+  if (llvm::Error error = countWork(row, subject, dense, *inputs, choice))
+    return std::move(error);
 
   auto layerCalls = layer.warmUp(Caller::Layer);
   if (!layerCalls)

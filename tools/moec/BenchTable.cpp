@@ -113,6 +113,8 @@ llvm::json::Object benchRecord(const BenchHeader &header, const BenchRow &row) {
                                   {"share", digits(row.bytes / seconds / d.read, 3)}}},
       {"roof_us", digits(d.roof * 1e6)},
       {"roof_share", digits(d.roof / seconds, 3)}};
+  if (row.enqueued.median > 0)
+    out["enqueued_us"] = inMicroseconds(row.enqueued);
   if (row.route.median > 0)
     out["route_us"] = inMicroseconds(row.route);
   if (row.denseSubject)

@@ -171,9 +171,6 @@ static llvm::Expected<Request> understand() {
     return wrong("--gpu", "no GPU with --target cpu", gpuOption, "add --target cuda");
   if (cuda && cpuOption.getNumOccurrences())
     return wrong("--cpu", "no CPU level with --target cuda", cpuOption);
-  if (cuda && strategyOption.getNumOccurrences())
-    return wrong("--strategy", "the chosen schedule with --target cuda", strategyOption,
-                 "gpu_tiles written in a .mlir file after phase `target` are kept");
   if (cuda && machineOption.getNumOccurrences())
     return wrong("--machine", "no file with --target cuda", machineOption);
   if (cuda) {

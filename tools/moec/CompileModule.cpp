@@ -420,7 +420,14 @@ static llvm::json::Value fieldsOf(mlir::Operation *op) {
       llvm::raw_string_ostream(text) << tile;
       list.push_back(std::move(text));
     }
-    return llvm::json::Object{{"gpu_tiles", std::move(list)}};
+    llvm::json::Object out{{"gpu_tiles", std::move(list)}};
+    // Only where there is a choice.
+    auto matmul = mlir::dyn_cast<moe::GroupedMatmulOp>(op);
+    if (matmul && matmul.getCombinePair()) {
+      auto combine = op->getAttrOfType<mlir::StringAttr>("gpu_combine");
+      out["gpu_combine"] = combine ? combine.getValue() : llvm::StringRef("ordered");
+    }
+    return std::move(out);
   }
   auto strategy = op->getAttrOfType<moe::StrategyAttr>("strategy");
   if (!strategy)
@@ -436,8 +443,27 @@ static llvm::json::Value fieldsOf(mlir::Operation *op) {
                             {"panels_per_task", strategy.getPanelsPerTask()}};
 }
 
-/// What speaks for a schedule of a CPU, in numbers; null where there is none.
+/// What the tiles of a GPU take of a processor, and when each is launched.
+static std::string tileReasons(mlir::ArrayAttr tiles) {
+  std::string text;
+  llvm::raw_string_ostream os(text);
+  for (auto tile : tiles.getAsRange<moe::GPUTileAttr>()) {
+    os << (text.empty() ? "" : "; ");
+    if (tile.getUpTo())
+      os << "up to T*K = " << tile.getUpTo() << ": ";
+    else
+      os << (tiles.size() > 1 ? "beyond: " : "");
+    os << tile.getRows() << " rows x " << tile.getCols() << " columns, "
+       << sizeText(tile.getSharedBytes()) << " of shared memory and at least "
+       << tile.getRegisters() << " registers for each of " << tile.getThreads() << " threads";
+  }
+  return text;
+}
+
+/// What speaks for a schedule, in numbers; null where there is none.
 static llvm::json::Value reasonOf(mlir::Operation *op) {
+  if (auto tiles = op->getAttrOfType<mlir::ArrayAttr>("gpu_tiles"))
+    return tileReasons(tiles);
   auto strategy = op->getAttrOfType<moe::StrategyAttr>("strategy");
   if (!strategy)
     return nullptr;

@@ -17,8 +17,10 @@
 
 #include "moe/Export/Module.h"
 #include "moe/Export/Output.h"
+#include "moe/Export/Ptxas.h"
 #include "moe/Runtime/Machine.h"
 #include "moe/Target/CPU/Level.h"
+#include "moe/Target/GPU/Arch.h"
 #include "moec.h"
 
 #include "llvm/ADT/ScopeExit.h"
@@ -139,17 +141,23 @@ static llvm::Error work() {
   std::string pages = chosen(word("/sys/kernel/mm/transparent_hugepage/enabled"));
   os << (pages.empty() ? "none" : pages) << "\n";
   GPUReport gpu = findGPUs();
+  auto ptxas = findPtxas();
+  if (!ptxas)
+    llvm::consumeError(ptxas.takeError());
   os << "gpu       ";
   if (!gpu.absent.empty())
     os << gpu.absent << "\n";
   for (auto [i, device] : llvm::enumerate(gpu.devices))
     os << (i ? "          " : "") << device.name << ", " << device.architecture << ", "
-       << sizeText(device.memory) << (i ? "" : "; CUDA " + gpu.version) << "\n";
+       << sizeText(device.memory) << (i ? "" : "; driver for CUDA " + gpu.version)
+       << (device.refused.empty() ? "" : "; refused: " + device.refused) << "\n";
   os << "versions  moec " << versionString() << ", ABI " << (MOEC_ABI >> 16) << "."
      << (MOEC_ABI & 0xffff) << ", weight layout " << packedLayout << ", LLVM "
      << LLVM_VERSION_STRING << ", glibc " << ::gnu_get_libc_version() << ", " << system.sysname
      << " " << system.release << "\n"
-     << "targets   cpu: " << mlir::moe::implementedLevelNames() << "; cuda: none in this version\n"
+     << "targets   cpu: " << mlir::moe::implementedLevelNames()
+     << "; cuda: " << mlir::moe::implementedArchNames() << ", "
+     << (ptxas ? "assembled by " + *ptxas : std::string("but there is no ptxas here")) << "\n"
      << "\n";
   printLevels(os);
 

@@ -55,7 +55,14 @@ GPUReport findGPUs() {
     if (get(&device, i) || nameOf(name, sizeof(name), device) || memoryOf(&memory, device) ||
         attribute(&major, capabilityMajor, device) || attribute(&minor, capabilityMinor, device))
       continue;
-    out.devices.push_back({name, "sm_" + std::to_string(major) + std::to_string(minor), memory});
+    // As lib/Runtime refuses them: the kernels need asynchronous copies and bf16 tensor cores.
+    std::string refused;
+    if (major < 8)
+      refused = "the kernels need compute capability 8.0 or more";
+    else if (version < 11000)
+      refused = "the driver is older than CUDA 11.0";
+    out.devices.push_back(
+        {name, "sm_" + std::to_string(major) + std::to_string(minor), memory, refused});
   }
   if (out.devices.empty())
     out.absent = "the CUDA driver is there, but no device";

@@ -17,6 +17,7 @@ namespace moec::tool {
 struct GPU {
   std::string name, architecture; ///< "NVIDIA H100 …", "sm_90"
   uint64_t memory = 0;            ///< bytes
+  std::string refused;            ///< why moec cannot use it; empty if it can
 };
 
 struct GPUReport {

@@ -10,6 +10,7 @@
 //===----------------------------------------------------------------------===//
 
 #include "Commands.h"
+#include "Device.h"
 #include "Log.h"
 #include "Npy.h"
 #include "Usage.h"
@@ -55,6 +56,11 @@ static cl::opt<int> threads("threads", cl::desc("Threads (default: those this pr
                             cl::sub(runParser()));
 static cl::opt<std::string> cpu("cpu", cl::desc("Highest CPU level to use, as x86-64-v3"),
                                 cl::value_desc("LEVEL"), cl::cat(category()), cl::sub(runParser()));
+static cl::opt<std::string> deviceOption("device", cl::init("cpu"),
+                                         cl::desc("Where to run (default cpu): a library for GPUs "
+                                                  "needs cuda, or cuda:N for another device"),
+                                         cl::value_desc("cpu|cuda|cuda:N"), cl::cat(category()),
+                                         cl::sub(runParser()));
 static cl::opt<std::string> weights("weights", cl::desc("Folder of packed weights (DIR/weights)"),
                                     cl::value_desc("WEIGHTS"), cl::cat(category()),
                                     cl::sub(runParser()));
@@ -114,16 +120,59 @@ static llvm::Expected<Input> makeInput(const moec_layer_info &info) {
   return out;
 }
 
-static DLTensor tensor(void *data, uint8_t code, uint8_t bits, int64_t *shape, int32_t rank) {
-  DLTensor t;
-  memset(&t, 0, sizeof(t));
-  t.data = data;
-  t.device = {kDLCPU, 0};
-  t.ndim = rank;
-  t.dtype = {code, bits, 1};
-  t.shape = shape;
-  return t;
-}
+namespace {
+/// Arrays of this process as tensors where the layer runs: the arrays themselves on the CPU, copies
+/// on a device.
+class Tensors {
+public:
+  Tensors(Device *device, DLDevice where) : device(device), where(where) {}
+
+  llvm::Expected<DLTensor *> add(void *host, size_t bytes, bool isInput, uint8_t code, uint8_t bits,
+                                 std::vector<int64_t> shape) {
+    auto entry = std::make_unique<Entry>();
+    entry->host = host;
+    entry->output = !isInput;
+    entry->shape = std::move(shape);
+    DLTensor &t = entry->tensor;
+    memset(&t, 0, sizeof(t));
+    t.data = host;
+    if (device) {
+      auto buffer = Buffer::make(device, bytes, isInput ? host : nullptr);
+      if (!buffer)
+        return buffer.takeError();
+      entry->buffer = std::move(*buffer);
+      t.data = entry->buffer.data();
+    }
+    t.device = where;
+    t.ndim = static_cast<int32_t>(entry->shape.size());
+    t.dtype = {code, bits, 1};
+    t.shape = entry->shape.data();
+    entries.push_back(std::move(entry));
+    return &entries.back()->tensor;
+  }
+
+  /// Copies what was written back into the arrays.
+  llvm::Error read() {
+    for (const std::unique_ptr<Entry> &entry : entries)
+      if (device && entry->output)
+        if (llvm::Error error = entry->buffer.read(entry->host))
+          return error;
+    return llvm::Error::success();
+  }
+
+private:
+  struct Entry {
+    void *host;
+    bool output;
+    Buffer buffer;
+    std::vector<int64_t> shape;
+    DLTensor tensor;
+  };
+  Device *device;
+  DLDevice where;
+  std::vector<std::unique_ptr<Entry>> entries;
+};
+} // namespace
 
 /// The position of --layer in the module.
 static llvm::Expected<int32_t> findLayer(const moec_model *model) {
@@ -175,10 +224,20 @@ static llvm::Error run() {
   if (llvm::Error error = refuseExisting(trace))
     return error;
 
+  auto where = parseDevice(deviceOption);
+  if (!where)
+    return where.takeError();
+  bool cuda = where->device_type == kDLCUDA;
+  for (const auto &[option, given] : {std::pair("--threads", threads.getNumOccurrences()),
+                                      std::pair("--cpu", cpu.getNumOccurrences())})
+    if (cuda && given)
+      return makeError(ErrorCode::ARGUMENT, option, "none with --device cuda", "one");
+
   moec_error error;
   moec_model *model = nullptr;
   moec_open_options options;
   MOEC_INIT(options);
+  options.device = *where;
   options.weights = weights.empty() ? nullptr : weights.c_str();
   options.cpu_level = cpu.empty() ? nullptr : cpu.c_str();
   if (moec_open(folder.c_str(), &options, &model, &error))
@@ -198,17 +257,27 @@ static llvm::Error run() {
   if (!in)
     return in.takeError();
 
-  moec_pool_options poolOptions;
-  MOEC_INIT(poolOptions);
-  poolOptions.threads = threads;
+  std::unique_ptr<Device> device;
   moec_executor *pool = nullptr;
-  if (moec_pool_create(&poolOptions, &pool, &error))
-    return runtimeError(error);
+  if (cuda) {
+    auto opened = Device::open(where->device_id);
+    if (!opened)
+      return opened.takeError();
+    device = std::move(*opened);
+  } else {
+    moec_pool_options poolOptions;
+    MOEC_INIT(poolOptions);
+    poolOptions.threads = threads;
+    if (moec_pool_create(&poolOptions, &pool, &error))
+      return runtimeError(error);
+  }
   llvm::scope_exit closePool([&] { moec_pool_destroy(pool); });
   moec_context_options contextOptions;
   MOEC_INIT(contextOptions);
   contextOptions.executor = pool;
-  contextOptions.max_tokens = std::max<int64_t>(1, std::min<int64_t>(in->tokens, 512));
+  // A device has work for many tokens at once.
+  contextOptions.max_tokens =
+      std::max<int64_t>(1, std::min<int64_t>(in->tokens, cuda ? 8192 : 512));
   moec_context *context = nullptr;
   if (moec_context_create(model, &contextOptions, &context, &error))
     return runtimeError(error);
@@ -219,39 +288,56 @@ static llvm::Error run() {
   y.shape = in->array.shape;
   y.bytes.resize(in->array.bytes.size());
   bool bf16 = y.format == Format::BF16;
-  int64_t wide[] = {in->tokens, info.H}, chosen[] = {in->tokens, info.K}, all[] = {info.E + 1};
-  DLTensor xTensor =
-      tensor(in->array.bytes.data(), bf16 ? kDLBfloat : kDLFloat, bf16 ? 16 : 32, wide, 2);
-  DLTensor yTensor = tensor(y.bytes.data(), bf16 ? kDLBfloat : kDLFloat, bf16 ? 16 : 32, wide, 2);
   LayerUsage usage;
   usage.layer = info.name;
   usage.tokens = in->tokens;
   usage.chosen = info.K;
   std::vector<int32_t> counts;
-  DLTensor idTensor, weightTensor, countTensor;
+  Tensors tensors(device.get(), *where);
+  llvm::Error failed = llvm::Error::success();
+  auto make = [&](auto &values, bool isInput, uint8_t code, uint8_t bits,
+                  std::vector<int64_t> shape) -> DLTensor * {
+    if (failed)
+      return nullptr;
+    auto made = tensors.add(values.data(), values.size() * sizeof(values[0]), isInput, code, bits,
+                            std::move(shape));
+    if (!made) {
+      failed = made.takeError();
+      return nullptr;
+    }
+    return *made;
+  };
   moec_call call;
   MOEC_INIT(call);
-  call.x = &xTensor;
-  call.y = &yTensor;
+  uint8_t code = bf16 ? kDLBfloat : kDLFloat, bits = bf16 ? 16 : 32;
+  call.x = make(in->array.bytes, true, code, bits, {in->tokens, info.H});
+  call.y = make(y.bytes, false, code, bits, {in->tokens, info.H});
+  call.stream = device ? device->stream() : nullptr;
   if (!trace.empty()) {
     usage.experts.resize(in->tokens * info.K);
     usage.weights.resize(in->tokens * info.K);
     counts.resize(info.E + 1);
-    idTensor = tensor(usage.experts.data(), kDLInt, 32, chosen, 2);
-    weightTensor = tensor(usage.weights.data(), kDLFloat, 32, chosen, 2);
-    countTensor = tensor(counts.data(), kDLInt, 32, all, 1);
-    call.experts_out = &idTensor;
-    call.weights_out = &weightTensor;
-    call.counts_out = &countTensor;
+    call.experts_out = make(usage.experts, false, kDLInt, 32, {in->tokens, info.K});
+    call.weights_out = make(usage.weights, false, kDLFloat, 32, {in->tokens, info.K});
+    call.counts_out = make(counts, false, kDLInt, 32, {info.E + 1});
   }
+  if (failed)
+    return failed;
   auto begin = std::chrono::steady_clock::now();
   if (moec_run(context, *layer, &call, &error))
     return runtimeError(error);
+  if (device)
+    if (llvm::Error late = device->wait())
+      return late;
   double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  if (device && moec_context_status(context, &error))
+    return runtimeError(error);
+  if (llvm::Error late = tensors.read())
+    return late;
 
   if (!output.empty())
-    if (llvm::Error failed = replaceFile(output, npyText(y)))
-      return failed;
+    if (llvm::Error late = replaceFile(output, npyText(y)))
+      return late;
   if (!trace.empty()) {
     usage.counts.assign(counts.begin(), counts.end() - 1);
     Usage file;
@@ -259,12 +345,12 @@ static llvm::Error run() {
     stem.consume_back(".moec");
     file.model = stem.str();
     file.layers.push_back(std::move(usage));
-    if (llvm::Error failed = replaceFile(trace, usageText(file)))
-      return failed;
+    if (llvm::Error late = replaceFile(trace, usageText(file)))
+      return late;
   }
   Log::get().note(llvm::Twine("layer ") + info.name + " (" + info.level +
                   "): " + llvm::Twine(in->tokens) + " tokens in " + timeText(seconds) +
-                  " (first call, weights not yet in memory)");
+                  (cuda ? " (first call)" : " (first call, weights not yet in memory)"));
   return llvm::Error::success();
 }
 
