@@ -1,9 +1,11 @@
 /* Times and checks the first layer of a library on a CUDA device, through the C interface.
-     gpu_layer DIR [--device N] [--tokens 1,8,64] [--repeats 50] [--check TOKENS]
+     gpu_layer DIR [--device N] [--tokens 1,8,64] [--repeats 50] [--check TOKENS] [--reference DIR]
    Prints one JSON object a line: the device's read bandwidth, then a row per number of tokens:
    microseconds of one call (median, quartiles) by events around a captured graph, with a cold L2,
-   and the same without a graph. --check compares TOKENS rows with float64 on the host first; a
-   difference above the bound ends with 7. The CUDA driver is loaded at run time. */
+   and the same without a graph. --check compares TOKENS rows first: with float64 on the host, or,
+   for layers that are more than SwiGLU experts, with the same layer compiled for the CPU
+   (--reference); a difference above the bound ends with 7. The CUDA driver is loaded at run time.
+ */
 #include "moec.h"
 
 #include <dlfcn.h>
@@ -108,26 +110,46 @@ static void describe(DLTensor *t, void *data, int device, int id, int code, int 
   t->shape = shape;
 }
 
-static void set_weights(moec_model *m) {
-  const int64_t H = info.H, F = info.F;
-  const int64_t most = info.E > F ? info.E : F;
-  uint16_t *buffer = malloc((size_t)(most * H) * 2);
-  static const char *const roles[] = {"router", "gate", "up", "down"};
-  for (int role = info.kind ? GATE : ROUTER; role <= DOWN; ++role)
-    for (int64_t e = 0; e < (role == ROUTER ? 1 : info.E); ++e) {
-      const int64_t rows = role == ROUTER ? info.E : role == DOWN ? H : F;
-      const int64_t columns = role == DOWN ? F : H;
-      const float scale = scale_of(role);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j)
-          buffer[i * columns + j] =
-              bf16(value((uint64_t)role, (uint64_t)e, (uint64_t)i, (uint64_t)j, scale));
-      int64_t shape[2] = {rows, columns};
-      DLTensor t;
-      describe(&t, buffer, kDLCPU, 0, kDLBfloat, 16, 2, shape);
-      OK(moec_set_weight(m, 0, roles[role], role == ROUTER ? -1 : e, &t, 0, &error));
-    }
+/* Sets a weight of every expert (count 0: of none in particular) if the layer has one of that role;
+   vectors have no columns. */
+static void set_weight(moec_model *m, const char *role, int number, int64_t count, int64_t rows,
+                       int64_t columns, float scale) {
+  const int64_t width = columns ? columns : 1;
+  uint16_t *buffer = malloc((size_t)(rows * width) * 2);
+  for (int64_t e = 0; e < (count ? count : 1); ++e) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < width; ++j)
+        buffer[i * width + j] =
+            bf16(value((uint64_t)number, (uint64_t)e, (uint64_t)i, (uint64_t)j, scale));
+    int64_t shape[2] = {rows, columns};
+    DLTensor t;
+    describe(&t, buffer, kDLCPU, 0, kDLBfloat, 16, columns ? 2 : 1, shape);
+    const int code = moec_set_weight(m, 0, role, count ? e : -1, &t, 0, &error);
+    if (code == 100 /* E-ARGUMENT: a layer without this role */ && !e)
+      break;
+    OK(code);
+  }
   free(buffer);
+}
+
+static void set_weights(moec_model *m) {
+  const int64_t H = info.H, F = info.F, E = info.E, S = info.S, n = info.kind ? 1 : E;
+  if (!info.kind)
+    set_weight(m, "router", ROUTER, 0, E, H, scale_of(ROUTER));
+  set_weight(m, "gate", GATE, n, F, H, scale_of(GATE));
+  set_weight(m, "up", UP, n, F, H, scale_of(UP));
+  set_weight(m, "down", DOWN, n, H, F, scale_of(DOWN));
+  set_weight(m, "router_bias", 5, 0, E, 0, 0.5f);
+  set_weight(m, "selection_bias", 6, 0, E, 0, 0.2f);
+  set_weight(m, "gate_bias", 7, n, F, 0, 0.5f);
+  set_weight(m, "up_bias", 8, n, F, 0, 0.5f);
+  set_weight(m, "down_bias", 9, n, H, 0, 0.5f);
+  if (S) {
+    set_weight(m, "shared_gate_proj", 10, 1, S, H, scale_of(GATE));
+    set_weight(m, "shared_up_proj", 11, 1, S, H, scale_of(UP));
+    set_weight(m, "shared_down", 12, 1, H, S, (float)(1.7 / sqrt((double)S)));
+    set_weight(m, "shared_gate", 13, 1, 1, H, scale_of(ROUTER));
+  }
 }
 
 /* ---- check ---- */
@@ -178,6 +200,70 @@ static double check_rows(const uint16_t *y, const int32_t *ids, const float *wei
   free(x);
   free(h);
   return sqrt(off / (all > 0 ? all : 1));
+}
+
+/* The same for a layer of any kind: `reference` computes those rows on the CPU. */
+static double compare_rows(moec_model *reference, const uint16_t *y, const int32_t *ids,
+                           const float *weights, const float *logits, int64_t T, int64_t count) {
+  const int64_t H = info.H, K = info.K, E = info.E;
+  moec_context_options o;
+  MOEC_INIT(o);
+  o.max_tokens = count;
+  moec_context *c;
+  OK(moec_context_create(reference, &o, &c, &error));
+  uint16_t *x = malloc((size_t)(count * H) * 2), *own = malloc((size_t)(count * H) * 2);
+  int32_t *own_ids = malloc((size_t)(count * K) * 4), *chosen = malloc((size_t)(count * K) * 4);
+  float *own_w = malloc((size_t)(count * K) * 4), *own_logits = malloc((size_t)(count * E) * 4);
+  int64_t *at = malloc((size_t)count * sizeof *at);
+  for (int64_t n = 0; n < count; ++n) {
+    at[n] = n * (T - 1) / (count > 1 ? count - 1 : 1);
+    for (int64_t i = 0; i < H; ++i)
+      x[n * H + i] = bf16(value(INPUT, 0, (uint64_t)at[n], (uint64_t)i, scale_of(INPUT)));
+    for (int64_t k = 0; k < K; ++k) {
+      own_ids[n * K + k] = info.kind ? 0 : ids[at[n] * K + k];
+      own_w[n * K + k] = info.kind ? 1 : weights[at[n] * K + k];
+    }
+  }
+  int64_t wide[2] = {count, H}, narrow[2] = {count, K}, all[2] = {count, E};
+  DLTensor tx, ty, ti, tw, tc, tl;
+  describe(&tx, x, kDLCPU, 0, kDLBfloat, 16, 2, wide);
+  describe(&ty, own, kDLCPU, 0, kDLBfloat, 16, 2, wide);
+  describe(&ti, own_ids, kDLCPU, 0, kDLInt, 32, 2, narrow);
+  describe(&tw, own_w, kDLCPU, 0, kDLFloat, 32, 2, narrow);
+  describe(&tc, chosen, kDLCPU, 0, kDLInt, 32, 2, narrow);
+  describe(&tl, own_logits, kDLCPU, 0, kDLFloat, 32, 2, all);
+  moec_call call;
+  MOEC_INIT(call);
+  call.x = &tx;
+  if (!info.kind) {
+    call.experts_out = &tc;
+    call.logits_out = &tl;
+    OK(moec_run(c, 0, &call, &error));
+    call.experts_out = call.logits_out = NULL;
+    call.experts = &ti;
+    call.weights = &tw;
+  }
+  call.y = &ty;
+  OK(moec_run(c, 0, &call, &error));
+  double off = 0, size = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    for (int64_t e = 0; !info.kind && e < E; ++e) {
+      const double exact = own_logits[n * E + e], got = logits[at[n] * E + e];
+      if (!(fabs(exact - got) <= 1e-3 * (1 + fabs(exact)))) {
+        fprintf(stderr, "gpu_layer: logits[%lld, %lld]: expected %g, but got %g\n",
+                (long long)at[n], (long long)e, exact, got);
+        exit(7);
+      }
+    }
+    for (int64_t i = 0; i < H; ++i) {
+      const double exact = widen(own[n * H + i]), d = widen(y[at[n] * H + i]) - exact;
+      off += d * d;
+      size += exact * exact;
+    }
+  }
+  free(x), free(own), free(own_ids), free(chosen), free(own_w), free(own_logits), free(at);
+  moec_context_destroy(c);
+  return sqrt(off / (size > 0 ? size : 1));
 }
 
 /* ---- time ---- */
@@ -250,8 +336,8 @@ static uint64_t device_memory(size_t bytes) {
   return p;
 }
 
-static void run_tokens(const char *dir, moec_model *m, int device, int64_t T, int repeats,
-                       int64_t check, double gbs) {
+static void run_tokens(const char *dir, moec_model *m, moec_model *reference, int device, int64_t T,
+                       int repeats, int64_t check, double gbs) {
   const int64_t H = info.H, K = info.K, E = info.E;
   moec_context_options o;
   MOEC_INIT(o);
@@ -296,8 +382,9 @@ static void run_tokens(const char *dir, moec_model *m, int device, int64_t T, in
     DO("read ids", cuda.download(host_ids, ids, (size_t)(T * K) * 4));
     DO("read weights", cuda.download(host_w, w, (size_t)(T * K) * 4));
     DO("read logits", cuda.download(host_logits, logits, (size_t)(T * E) * 4));
-    off = info.kind ? check_rows(host, NULL, NULL, NULL, T, check)
-                    : check_rows(host, host_ids, host_w, host_logits, T, check);
+    off = reference   ? compare_rows(reference, host, host_ids, host_w, host_logits, T, check)
+          : info.kind ? check_rows(host, NULL, NULL, NULL, T, check)
+                      : check_rows(host, host_ids, host_w, host_logits, T, check);
     call.experts_out = call.weights_out = call.logits_out = NULL;
     OK(moec_run(c, 0, &call, &error)); /* the other way to the same bits */
     DO("run the layer", cuda.synchronize());
@@ -325,7 +412,8 @@ static void run_tokens(const char *dir, moec_model *m, int device, int64_t T, in
   const spread plain = measure(c, &call, NULL, repeats);
   OK(moec_context_status(c, &error));
   const double active = (double)E * (1 - pow(1 - 1.0 / (double)E, (double)(T * K)));
-  const double bytes = 2.0 * 3 * (double)(H * info.F) * active + 2.0 * 2 * (double)(T * H);
+  const double bytes =
+      2.0 * 3 * (double)H * ((double)info.F * active + (double)info.S) + 2.0 * 2 * (double)(T * H);
   const double tflops = (double)info.active_flops * (double)T / replay.median * 1e-6;
   printf("{\"model\": \"%s\", \"H\": %lld, \"F\": %lld, \"E\": %lld, \"K\": %lld, \"T\": %lld, "
          "\"us\": %.2f, \"us_low\": %.2f, \"us_high\": %.2f, \"us_without_graph\": %.2f, "
@@ -341,7 +429,7 @@ static void run_tokens(const char *dir, moec_model *m, int device, int64_t T, in
 }
 
 int main(int argc, char **argv) {
-  const char *dir = NULL, *tokens = "1,8,64,512,2048,8192,16384";
+  const char *dir = NULL, *reference_dir = NULL, *tokens = "1,8,64,512,2048,8192,16384";
   int device = 0, repeats = 50, handle = 0;
   int64_t check = 0;
   for (int i = 1; i < argc; ++i) {
@@ -355,12 +443,14 @@ int main(int argc, char **argv) {
       repeats = atoi(argv[++i]);
     else if (i + 1 < argc && !strcmp(argv[i], "--check"))
       check = atoi(argv[++i]);
+    else if (i + 1 < argc && !strcmp(argv[i], "--reference"))
+      reference_dir = argv[++i];
     else
       dir = NULL, i = argc;
   }
   if (!dir || repeats < 1)
     return fprintf(stderr, "usage: gpu_layer DIR [--device N] [--tokens 1,8] [--repeats N] "
-                           "[--check TOKENS]\n"),
+                           "[--check TOKENS] [--reference DIR]\n"),
            2;
   moec_open_options o;
   MOEC_INIT(o);
@@ -386,6 +476,13 @@ int main(int argc, char **argv) {
   MOEC_INIT(info);
   OK(moec_get_layer_info(m, 0, &info, &error));
   set_weights(m);
+  moec_model *reference = NULL;
+  if (reference_dir) {
+    o.device.device_type = kDLCPU;
+    o.device.device_id = 0;
+    OK(moec_open(reference_dir, &o, &reference, &error));
+    set_weights(reference);
+  }
   char name[128] = "";
   DO("name the device", cuda.device_name(name, sizeof name, handle));
   const double gbs = bandwidth();
@@ -396,9 +493,11 @@ int main(int argc, char **argv) {
     const int64_t T = strtoll(p, &rest, 10);
     if (T < 1 || rest == p)
       return fprintf(stderr, "gpu_layer: expected numbers of tokens, but got %s\n", p), 2;
-    run_tokens(slash ? slash + 1 : dir, m, device, T, repeats, check, gbs);
+    run_tokens(slash ? slash + 1 : dir, m, reference, device, T, repeats, check, gbs);
     p = *rest == ',' ? rest + 1 : rest;
   }
+  if (reference)
+    moec_close(reference);
   moec_close(m);
   return 0;
 }

@@ -178,29 +178,67 @@ def test_doctor_names_the_device():
     assert "Stub 0, sm_80" in done.stdout and "cuda: `sm_80`" in done.stdout
 
 
-def test_benchmark_runs_through(library, tmp_path):
-    """Every driver call of benchmarks/gpu on the stub, where nothing takes time or is computed. The
-    stub refuses in a capture what would wait."""
-    source, program = ROOT / "benchmarks/gpu/layer.c", tmp_path / "gpu_layer"
-    link = ["-L", BUILD / "lib", "-lmoec", "-lm", "-ldl", f"-Wl,-rpath,{BUILD / 'lib'}"]
-    flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-I", ROOT / "include"]
-    subprocess.run(["cc", *flags, source, "-o", program, *link], check=True)
-    env = stubbed()
-    command = [program, library[0], "--tokens", "1,5", "--repeats", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row.get("T") for row in rows] == [None, 1, 5]
-    assert rows[0]["device"] == "Stub 0" and rows[1]["us"] == 125
-    # With --check what nobody computed is found.
-    done = subprocess.run([*command, "--check", "1"], capture_output=True, text=True, env=env)
-    assert done.returncode == 7 and "logits[0, 0]: expected" in done.stderr, done.stderr
-    path = tmp_path / "rows.jsonl"
-    more = [{"peer": "dense matmul", "tflops": 500.0}, {"failed": "step", "why": "because"}]
-    path.write_text("\n".join(json.dumps(row) for row in rows + more))
-    table = [sys.executable, ROOT / "benchmarks/gpu/table.py", path]
-    page = subprocess.run(table, capture_output=True, text=True, check=True).stdout
-    assert "| gpu.moec | 5 | 125.0 |" in page and "failed: step: because" in page
+SMALL = {"num_hidden_layers": 1, "torch_dtype": "bfloat16", "hidden_size": 40}
+MODELS = {
+    "tails": SMALL
+    | dict(model_type="mixtral", intermediate_size=24, num_local_experts=5, num_experts_per_tok=2),
+    "oss": SMALL
+    | dict(model_type="gpt_oss", intermediate_size=24, num_local_experts=5, num_experts_per_tok=2),
+    "next": SMALL
+    | dict(model_type="qwen3_next", intermediate_size=24, moe_intermediate_size=24, num_experts=5)
+    | dict(shared_expert_intermediate_size=20, num_experts_per_tok=2, decoder_sparse_step=1)
+    | dict(mlp_only_layers=[]),
+}
+
+
+def test_benchmark_as_a_whole(tmp_path):
+    """build.sh and run.sh of benchmarks/gpu: every step on the stub, kernels on the executor, where
+    they are checked; nothing takes time. Steps that fail are rows, and run again."""
+    folder, out, results = ROOT / "benchmarks/gpu", tmp_path / "out", tmp_path / "results"
+    (tmp_path / "models").mkdir()
+    for name, config in MODELS.items():
+        (tmp_path / "models" / f"{name}.json").write_text(json.dumps(config))
+    build = ["bash", folder / "build.sh", BUILD, tmp_path / "models", out]
+    env = {**os.environ, "GPUS": "sm_80"}
+    subprocess.run(build, check=True, env=env, stdout=subprocess.DEVNULL)
+    # Every process of gpu_layer finds the kernels of its library in the executor.
+    for library in [*(path for path in out.iterdir() if (path / "manifest.json").exists())]:
+        config = tmp_path / "models" / f"{library.name}.json"
+        if config.exists():
+            ir = ["--checkpoint", "none", "--compile-to", "kernels", "-o", f"{library}.mlir"]
+            moec_command("compile", config, "--target", "cuda", *ir)
+    (out / "gpu_layer").rename(out / "gpu_layer.real")
+    (out / "gpu_layer").write_text(
+        f'#!/bin/sh\n[ -e "$1.mlir" ] && export MOEC_STUB_EXECUTOR="{EXECUTOR}:$1.mlir"\n'
+        'exec "$0.real" "$@"\n'
+    )
+    (out / "gpu_layer").chmod(0o755)
+    env = stubbed() | {"TOKENS": "1,5", "CHECKED": "1,9", "REPEATS": "2", "DEVICE": "cpu"}
+    env |= {"SIZE": "32", "OMP_NUM_THREADS": "1", "MOEC_STUB_MEMORY": str(600 << 20)}
+    run = ["bash", folder / "run.sh", results, out]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=env)
+    log = (results / "log.txt").read_text()
+    rows = [json.loads(line) for line in (results / "rows.jsonl").read_text().splitlines()]
+    assert done.returncode == 0, (rows, log)
+    timed = {(r["model"], r["T"]): r for r in rows if "us_without_graph" in r}
+    wanted = {(name, t) for name in ("oss", "next", "dense-oss", "dense-next") for t in (1, 5)}
+    assert set(timed) == wanted | {("tails", 1), ("tails", 9)}
+    for (name, _), row in timed.items():
+        assert (row["error"] < 8e-3) == (row["error"] >= 0) == (not name.startswith("dense"))
+    assert {r.get("peer") for r in rows} >= {"dense matmul", "grouped_mm", "transformers"}
+    page = (results / "table.md").read_text()
+    assert "| oss | 5 | 125.0 |" in page and "MoE / dense" in page and page == done.stdout
+    # A fault in the kernels is a row, and so is what is not here; finished steps are not run again.
+    spoilt = out / "next.mlir"
+    spoilt.write_text(spoilt.read_text().replace("nvvm.redux.sync umax", "nvvm.redux.sync umin"))
+    (results / "steps" / "next.jsonl").unlink()
+    (results / "steps" / "transformers.jsonl").unlink()
+    env["PYTHONPATH"] = str(tmp_path)
+    (tmp_path / "transformers.py").write_text("raise ImportError('not here')")
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 1 and "failed: next: exit" in done.stdout, done.stdout
+    assert "absent: transformers, oss: ImportError: not here" in done.stdout
+    assert "| oss | 5 | 125.0 |" in done.stdout
 
 
 @pytest.mark.parametrize(

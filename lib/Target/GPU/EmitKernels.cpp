@@ -33,7 +33,7 @@ std::array<EntryEmitter::Size, ScratchCount> EntryEmitter::sizes() const {
     size[Rows].perToken = width * 2;
   if (layer.router) {
     size[Partial].perToken = slices * layer.routerWeight().panelCount() * 32 * 4;
-    size[Squares].perToken = layer.vectors.inputScale ? slices * 4 : 0;
+    size[Factors].perToken = layer.vectors.inputScale ? 4 : 0;
   }
   if (layer.up) {
     size[Pair].perRow = size[Order].perRow = 4;

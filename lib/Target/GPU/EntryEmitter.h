@@ -23,7 +23,7 @@ namespace mlir::moe {
 enum Scratch {
   Rows,
   Partial,
-  Squares,
+  Factors,
   Offsets,
   Pair,
   Order,

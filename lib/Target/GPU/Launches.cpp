@@ -90,9 +90,18 @@ LogicalResult EntryEmitter::launchStage() {
   }
   stage.router = layer.routerWeight();
   stage.normalize = bool(layer.vectors.inputScale);
+  stage.rounds = layer.routerAttr.roundsLogits();
+  if (stage.normalize) {
+    NormKernel norm{layer.xType, layer.hidden(), layer.routerAttr.getInputEpsilon()};
+    if (failed(launchPlain(
+            "norm", blocks(tokens, kNormWarps), c32(1), 32 * kNormWarps, 0,
+            {args[0], args[1], tokens, scratch[Factors]},
+            [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitNorm(inner, kernel, norm); })))
+      return failure();
+  }
   args.append({weight(layer.routerWeightValue()), scratch[Partial]});
   if (stage.normalize)
-    args.append({weight(layer.vectors.inputScale), scratch[Squares]});
+    args.append({scratch[Factors], weight(layer.vectors.inputScale)});
   return start("logits");
 }
 
@@ -102,14 +111,12 @@ LogicalResult EntryEmitter::launchSelect() {
   StageKernel stage{layer.xType, layer.hidden(), layer.rowWidth(), layer.routerWeight()};
   SelectKernel select{layer.routerAttr,
                       layer.experts(),
-                      layer.hidden(),
                       layer.routerWeight().panelCount(),
                       stage.slices(),
                       layer.logits,
                       bool(vectors.bias),
                       bool(vectors.selectionBias),
-                      bool(vectors.expertScale),
-                      bool(vectors.inputScale)};
+                      bool(vectors.expertScale)};
   SmallVector<Value> args = {scratch[Partial], tokens, weights, ids};
   if (layer.logits)
     args.append({framePointer(offsetof(moec_frame, logits)),
@@ -117,8 +124,6 @@ LogicalResult EntryEmitter::launchSelect() {
   for (Value vector : {vectors.bias, vectors.selectionBias, vectors.expertScale})
     if (vector)
       args.push_back(weight(vector));
-  if (select.squares)
-    args.push_back(scratch[Squares]);
   return launchPlain(
       "select", blocks(tokens, kSelectWarps), c32(1), 32 * kSelectWarps, 0, args,
       [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitSelect(inner, kernel, select); });

@@ -57,7 +57,8 @@ LogicalResult Layer::checkRouter() {
   if (failed(checkParameters(router, routerAttr,
                              {"score", "order", "top_k", "renormalize", "epsilon", "norm_p",
                               "scale", "input", "logit_transform", "select", "selection_bias",
-                              "groups", "input_epsilon", "jitter"})))
+                              "groups", "input_epsilon", "jitter", "precision", "model_arithmetic",
+                              "weight_dtype"})))
     return failure();
   if (std::string refused = routerAttr.getUnimplemented(); !refused.empty())
     return router->emitOpError("expected a router with GPU code, but got ") << refused;

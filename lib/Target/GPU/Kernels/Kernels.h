@@ -35,15 +35,16 @@ inline constexpr int64_t kLogitsTokens = 8, kLogitsSlice = 256;
 /// Warps, and so tokens, of a block of the `select` kernel.
 inline constexpr int64_t kSelectWarps = 4;
 inline constexpr int64_t kSortThreads = 256, kCombineThreads = 128, kWeighThreads = 128;
+/// Warps, and so tokens, of a block of the `norm` kernel.
+inline constexpr int64_t kNormWarps = 4;
 /// Warps of a block of the `gate` kernel, and tokens of a warp.
 inline constexpr int64_t kGateWarps = 4, kGateTokens = 4;
 
 /// stage(x, x_stride i64, tokens i32[, rows][, sums][, offsets, count i32]
-///       [, router weight, partial sums[, input scale, squares]]): rows [T, width] are x rounded to
+///       [, router weight, partial sums[, factors, input scale]]): rows [T, width] are x rounded to
 /// bf16 and padded with zeros. sums [T, width] are set to zero, offsets to [0, count]. With a
 /// router weight the partial sums of the logits, f32 [slices, T, 32 · panels]: slice s is the sum
-/// over 256 of the reduction, in order; with an input scale, of x · scale, and squares [slices, T]
-/// are the sums of x².
+/// over 256 of the reduction, in order; with factors [T] of x · factor · scale · H^-½.
 struct StageKernel {
   Type x;                 ///< element type of x
   int64_t H, width;       ///< columns of x, of the rows
@@ -51,20 +52,30 @@ struct StageKernel {
   bool rows = true;       ///< whether rows are written
   bool sums = false;      ///< whether sums are cleared
   bool group = false;     ///< whether offsets are written
-  bool normalize = false; ///< of the router: with an input scale
+  bool normalize = false; ///< of the router: with factors
+  bool rounds = false;    ///< each of those products is rounded to bf16
   int64_t slices() const { return llvm::divideCeil(width, kLogitsSlice); }
   int64_t threads() const { return router ? 32 * std::min<int64_t>(8, router.panelCount()) : 256; }
   int64_t sharedBytes() const { return router ? kLogitsTokens * kLogitsSlice * 4 : 0; }
 };
 void emitStage(OpBuilder &b, LLVM::LLVMFuncOp kernel, const StageKernel &spec);
 
+/// norm(x, x_stride i64, tokens i32, factors): factors[t] = 1 / √(mean of x² + epsilon), x rounded
+/// to bf16. A warp has a token; a lane sums every 32nd square, and the lanes' sums meet in a tree.
+struct NormKernel {
+  Type x;
+  int64_t H;
+  double epsilon;
+};
+void emitNorm(OpBuilder &b, LLVM::LLVMFuncOp kernel, const NormKernel &spec);
+
 /// select(partial sums, tokens i32, weights, experts[, logits, logits_stride i64][, bias]
-/// [, selection bias][, expert scale][, squares]): what `moe.router` computes after the matmul.
-/// Vectors are f32 [E], squares as `stage` writes them.
+/// [, selection bias][, expert scale]): what `moe.router` computes after the matmul. Vectors are
+/// f32 [E].
 struct SelectKernel {
   RouterAttr router;
-  int64_t E, H, panels, slices;
-  bool logits, bias, selectionBias, expertScale, squares;
+  int64_t E, panels, slices;
+  bool logits, bias, selectionBias, expertScale;
 };
 void emitSelect(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKernel &spec);
 

@@ -35,12 +35,13 @@ private:
   };
 
   Values readLogits();
-  Value inputFactor(Value squares);
   Value loadVector(Value vector, int64_t j) { return g.loadF32(g.element(vector, ids[j], 4)); }
   Value transform(Value z);
+  /// The result of a step of a router that a model computes in bf16.
+  Value step(Value v) { return router.roundsSteps() ? g.round(v) : v; }
   Value sigmoid(Value v) {
     Value negated = arith::NegFOp::create(g.b, g.loc, v);
-    return g.divf(g.f(1), g.addf(g.f(1), g.exp(negated)));
+    return step(g.divf(g.f(1), g.addf(g.f(1), g.exp(negated))));
   }
   Value toKey(Value score);
   Value toScore(Value key);
@@ -64,7 +65,7 @@ private:
   int64_t P, K, keep;
   Arguments arguments;
   Value partial, tokens, weights, experts, logits, logitsStride;
-  Value bias, selectionBias, expertScale, squares;
+  Value bias, selectionBias, expertScale;
   Value lane, token;
   /// Experts of this lane, and whether they exist (null: all lanes have one).
   Values ids, real;
@@ -77,19 +78,6 @@ private:
 //===----------------------------------------------------------------------===//
 // Logits
 //===----------------------------------------------------------------------===//
-
-/// H^-½ / rms of the token's x.
-Value SelectEmitter::inputFactor(Value squares) {
-  auto at = [&](Value slice) {
-    Value index = g.add(g.mul(g.wide(slice), g.wide(tokens)), g.wide(token));
-    return g.loadF32(g.element(squares, index, 4));
-  };
-  Value sum = g.loop(
-      g.c(1), g.c(spec.slices), g.c(1), {at(g.c(0))},
-      [&](Value slice, ValueRange state) -> Values { return {g.addf(state[0], at(slice))}; })[0];
-  Value mean = g.addf(g.divf(sum, g.f(spec.H)), g.f(float(double(router.getInputEpsilon()))));
-  return g.mulf(g.divf(g.f(1), g.sqrt(mean)), g.f(float(1.0 / std::sqrt(double(spec.H)))));
-}
 
 SelectEmitter::Values SelectEmitter::readLogits() {
   auto at = [&](Value slice, int64_t j) {
@@ -106,15 +94,13 @@ SelectEmitter::Values SelectEmitter::readLogits() {
         sum[j] = g.addf(sum[j], at(slice, j));
       return sum;
     });
-  if (squares) {
-    Value factor = inputFactor(squares);
-    for (Value &v : z)
-      v = g.mulf(v, factor);
-  }
   // Vectors are padded to whole panels.
   if (bias)
     for (int64_t j = 0; j < P; ++j)
       z[j] = g.addf(z[j], loadVector(bias, j));
+  if (router.roundsLogits())
+    for (Value &v : z)
+      v = g.round(v);
   if (logits)
     for (int64_t j = 0; j < P; ++j) {
       auto write = [&] {
@@ -133,8 +119,8 @@ Value SelectEmitter::transform(Value z) {
   LogitTransformAttr transform = router.getLogitTransform();
   Value c = g.f(float(double(transform.getValue())));
   if (transform.getKind() == LogitTransformKind::Scale)
-    return g.mulf(c, z);
-  return g.mulf(c, g.tanh(g.divf(z, c)));
+    return step(g.mulf(c, z));
+  return step(g.mulf(c, step(g.tanh(step(g.divf(z, c))))));
 }
 
 //===----------------------------------------------------------------------===//
@@ -233,7 +219,7 @@ void SelectEmitter::keepGroups(GroupsAttr groups, MutableArrayRef<Value> keys) {
     Best best = largestOf(n, {});
     Value score = toScore(best.key);
     if (groups.getReduce() == GroupScore::SumTop2)
-      score = g.addf(score, toScore(largestOf(n, best.id).key));
+      score = step(g.addf(score, toScore(largestOf(n, best.id).key)));
     Value key = toKey(score);
     Values next(old);
     for (int64_t w = 0; w < words; ++w)
@@ -300,21 +286,21 @@ void SelectEmitter::choose(ArrayRef<Value> values, ArrayRef<Value> by, bool same
 /// the second without the first.
 void SelectEmitter::chooseSparseMixer(ArrayRef<Value> z) {
   Values keys = keysOf(z);
-  Value threshold = g.f(float(2.0 * double(router.getJitter()))), before;
+  Value threshold = step(g.f(float(2.0 * double(router.getJitter())))), before;
   chosen = {g.c(0)};
   weight = {g.f(0)};
   for (int64_t slot : {0, 1}) {
     Value expert = largest(keys, ids).id, top = valueOf(z, expert);
     Value total = sumReal(z, real, [&](Value v, int64_t j) {
       Value factor = g.maxf(g.real(g.andi(g.bits(v), 0x7fffffff)), top);
-      Value far = g.greater(g.divf(g.subf(top, v), factor), threshold);
+      Value far = g.greater(step(g.divf(step(g.subf(top, v)), factor)), threshold);
       if (before)
         far = g.ori(far, g.equal(ids[j], before));
       return g.select(far, g.f(0), g.exp(g.subf(v, top)));
     });
     Value mine = g.equal(lane, slot);
     chosen[0] = g.select(mine, expert, chosen[0]);
-    weight[0] = g.select(mine, g.divf(g.f(1), total), weight[0]);
+    weight[0] = g.select(mine, step(g.divf(g.f(1), total)), weight[0]);
     for (int64_t j = 0; j < P; ++j)
       keys[j] = g.select(g.equal(ids[j], expert), g.c(0), keys[j]);
     before = expert;
@@ -338,38 +324,42 @@ void SelectEmitter::scoreChosen(ArrayRef<Value> z) {
   bool overAll = router.getOrder() == RouterOrder::ScoreThenSelect;
   Value total = overAll ? sumReal(z, real, power) : sumReal(weight, isChosen, power);
   for (Value &v : weight)
-    v = g.divf(power(v), total);
+    v = step(g.divf(power(v), total));
 }
 
 void SelectEmitter::writeWeights() {
   Value norm, epsilon = g.f(float(double(router.getEpsilon())));
-  auto sum = [&](function_ref<Value(Value, int64_t)> f) { return sumReal(weight, isChosen, f); };
+  auto sum = [&](function_ref<Value(Value, int64_t)> f) {
+    return step(sumReal(weight, isChosen, f));
+  };
   auto plain = [](Value v, int64_t) { return v; };
   switch (router.getRenormalize()) {
   case Renormalize::None:
   case Renormalize::JointShared:
     break;
   case Renormalize::Sum:
-    norm = g.addf(sum(plain), epsilon);
+    norm = step(g.addf(sum(plain), epsilon));
     break;
   case Renormalize::ClampSum:
-    norm = g.maxf(sum(plain), epsilon);
+    norm = step(g.maxf(sum(plain), epsilon));
     break;
   case Renormalize::LpNorm:
     norm = double(router.getNormP()) == 1.0
                ? sum(plain)
-               : g.sqrt(sum([&](Value v, int64_t) { return g.mulf(v, v); }));
+               : step(g.sqrt(sum([&](Value v, int64_t) { return step(g.mulf(v, v)); })));
     break;
   }
   for (int64_t q = 0; q < keep; ++q) {
     Value v = weight[q];
     if (norm)
-      v = g.divf(v, norm);
+      v = step(g.divf(v, norm));
     if (router.getScale().value != 1.0)
-      v = g.mulf(v, g.f(router.getScale()));
+      v = step(g.mulf(v, g.f(router.getScale())));
     g.ifThen(isChosen[q], [&] {
       if (expertScale)
-        v = g.mulf(v, g.loadF32(g.element(expertScale, chosen[q], 4)));
+        v = step(g.mulf(v, g.loadF32(g.element(expertScale, chosen[q], 4))));
+      if (router.roundsWeights())
+        v = g.round(v);
       Value index = g.add(g.mul(g.wide(token), K), g.wide(g.add(lane, q * 32)));
       g.store(v, g.element(weights, index, 4), 4);
       g.store(chosen[q], g.element(experts, index, 4), 4);
@@ -391,8 +381,8 @@ void SelectEmitter::emitToken() {
   }
   // The scores of all experts are made where they decide.
   bool scoreFirst = router.getOrder() == RouterOrder::ScoreThenSelect;
-  bool allScores =
-      router.getSelectionBias() == SelectionBias::Score || (router.getGroups() && scoreFirst);
+  bool allScores = router.getSelectionBias() == SelectionBias::Score ||
+                   (scoreFirst && (router.getGroups() || router.roundsSteps()));
   Values from = z;
   if (allScores && router.getScore() == ScoreFunction::Sigmoid) {
     for (Value &v : from)
@@ -403,7 +393,7 @@ void SelectEmitter::emitToken() {
       v = g.exp(g.subf(v, top));
     Value total = sumReal(from, real, [](Value v, int64_t) { return v; });
     for (Value &v : from)
-      v = g.divf(v, total);
+      v = step(g.divf(v, total));
   }
   Values by = router.getSelectionBias() == SelectionBias::Logit ? z : from;
   if (selectionBias)
@@ -425,7 +415,6 @@ void SelectEmitter::emit() {
   bias = arguments.nextIf(spec.bias);
   selectionBias = arguments.nextIf(spec.selectionBias);
   expertScale = arguments.nextIf(spec.expertScale);
-  squares = arguments.nextIf(spec.squares);
   lane = g.rem(g.thread(), 32);
   // Uniform in a warp: one warp per token.
   token = g.add(g.mul(g.blockX(), kSelectWarps), g.div(g.thread(), 32));

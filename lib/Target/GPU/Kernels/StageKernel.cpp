@@ -7,6 +7,8 @@
 
 #include "GPUBuilder.h"
 
+#include <cmath>
+
 using namespace mlir;
 using namespace mlir::moe;
 
@@ -41,30 +43,19 @@ static void stageRows(GPUBuilder &g, const StageKernel &spec, Value x, Value str
   });
 }
 
-/// Sums of the squares of this slice, then x · scale in place of x.
-static void scaleSlice(GPUBuilder &g, const StageKernel &spec, Value tokens, Value scale,
-                       Value squares, Value firstToken, Value slice, Value shared) {
-  int64_t threads = spec.threads();
-  Value warp = g.div(g.thread(), 32), lane = g.rem(g.thread(), 32);
-  g.loop(warp, g.c(kLogitsTokens), g.c(threads / 32), [&](Value t) {
-    Value base = g.at(shared, g.mul(g.add(g.mul(t, kLogitsSlice), lane), 4)), sum = g.f(0);
-    for (int64_t i = 0; i < kLogitsSlice / 32; ++i) {
-      Value v = g.loadF32(g.at(base, i * 128));
-      sum = g.fma(v, v, sum);
-    }
-    sum = g.sumLanes(sum);
-    Value token = g.add(firstToken, t);
-    g.ifThen(g.andi(g.equal(lane, 0), g.less(token, tokens)), [&] {
-      Value index = g.add(g.mul(g.wide(slice), g.wide(tokens)), g.wide(token));
-      g.store(sum, g.element(squares, index, 4), 4);
-    });
-  });
-  g.barrier();
-  g.loop(g.thread(), g.c(kLogitsTokens * kLogitsSlice), g.c(threads), [&](Value i) {
+/// The normalised x in place of x.
+static void normalizeSlice(GPUBuilder &g, const StageKernel &spec, Value tokens, Value factors,
+                           Value scale, Value firstToken, Value slice, Value shared) {
+  auto step = [&](Value v) { return spec.rounds ? g.round(v) : v; };
+  Value last = g.f(float(1.0 / std::sqrt(double(spec.H))));
+  g.loop(g.thread(), g.c(kLogitsTokens * kLogitsSlice), g.c(spec.threads()), [&](Value i) {
+    Value token = g.add(firstToken, g.div(i, kLogitsSlice));
     Value column = g.add(g.mul(slice, kLogitsSlice), g.rem(i, kLogitsSlice));
-    g.ifThen(g.less(column, spec.H), [&] {
+    g.ifThen(g.andi(g.less(token, tokens), g.less(column, spec.H)), [&] {
       Value place = g.at(shared, g.mul(i, 4));
-      g.store(g.mulf(g.loadF32(place), g.loadF32(g.element(scale, column, 4))), place, 4);
+      Value v = step(g.mulf(g.loadF32(place), g.loadF32(g.element(factors, token, 4))));
+      v = step(g.mulf(v, g.loadF32(g.element(scale, column, 4))));
+      g.store(step(g.mulf(v, last)), place, 4);
     });
   });
   g.barrier();
@@ -138,8 +129,29 @@ void mlir::moe::emitStage(OpBuilder &b, LLVM::LLVMFuncOp kernel, const StageKern
   Value weight = args.next(), partial = args.next();
   g.barrier();
   if (spec.normalize) {
-    Value scale = args.next(), squares = args.next();
-    scaleSlice(g, spec, tokens, scale, squares, firstToken, slice, shared);
+    Value factors = args.next(), scale = args.next();
+    normalizeSlice(g, spec, tokens, factors, scale, firstToken, slice, shared);
   }
   sumSlice(g, spec, tokens, weight, partial, firstToken, slice, shared);
+}
+
+void mlir::moe::emitNorm(OpBuilder &b, LLVM::LLVMFuncOp kernel, const NormKernel &spec) {
+  GPUBuilder g(b, kernel.getLoc());
+  Arguments args(kernel.getArguments());
+  Value x = args.next(), stride = args.next(), tokens = args.next(), factors = args.next();
+  int64_t elementBytes = spec.x.isF32() ? 4 : 2;
+  Value lane = g.rem(g.thread(), 32);
+  Value token = g.add(g.mul(g.blockX(), kNormWarps), g.div(g.thread(), 32));
+  g.ifThen(g.less(token, tokens), [&] {
+    Value row = g.element(x, g.mul(g.wide(token), stride), elementBytes);
+    Value sum = g.loop(lane, g.c(spec.H), g.c(32), {g.f(0)},
+                       [&](Value i, ValueRange state) -> SmallVector<Value> {
+                         Value v = g.round(g.loadElement(g.element(row, i, elementBytes), spec.x));
+                         return {g.fma(v, v, state[0])};
+                       })[0];
+    sum = g.sumLanes(sum);
+    Value mean = g.addf(g.divf(sum, g.f(spec.H)), g.f(float(spec.epsilon)));
+    g.ifThen(g.equal(lane, 0),
+             [&] { g.store(g.divf(g.f(1), g.sqrt(mean)), g.element(factors, token, 4), 4); });
+  });
 }

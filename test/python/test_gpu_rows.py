@@ -1,0 +1,79 @@
+"""Every family of the model table compiles for GPUs, and every kernel of it assembles for both
+architectures without a spill, out of the instructions that it should be made of."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import driver, moec_command
+from families import FAMILIES
+from test_spec_models import ATTENTION, CASES
+
+ROOT = Path(__file__).resolve().parents[2]
+PTXAS = shutil.which("ptxas") or "/usr/local/cuda/bin/ptxas"
+pytestmark = pytest.mark.skipif(not Path(PTXAS).exists(), reason="no ptxas")
+
+
+def layers_of(name, row, changes, folder):
+    """The MoE and dense layers of a family's configuration, one of each kind, as a spec has them."""
+    config = transformers.AutoConfig.for_model(row, **(ATTENTION | CASES[row] | changes))
+    config.save_pretrained(folder / name)
+    text = moec_command("inspect", folder / name, "--spec").stdout
+    found = {}
+    for layer in json.loads(text)["layers"]:
+        found.setdefault(layer["kind"], layer)
+    return found.values()
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    """All of them as one model, so that kernels that are equal are made once: its IR in PTX."""
+    driver()
+    folder = tmp_path_factory.mktemp("gpu_rows")
+    cases = {name: (name, {}) for name in CASES} | FAMILIES
+    layers = [
+        {**layer, "name": f"{name}.{layer['kind']}"}
+        for name, (row, changes) in cases.items()
+        for layer in layers_of(name, row, changes, folder)
+    ]
+    spec = {"schema": 1, "name": "rows", "dtype": "bf16"}
+    spec["layers"] = [{**layer, "index": i} for i, layer in enumerate(layers)]
+    (folder / "rows.moe.json").write_text(json.dumps(spec))
+    options = ["--target", "cuda", "--dtype", "bf16", "--checkpoint", "none"]
+    options += ["--compile-to", "codegen", "-o", folder / "code.mlir"]
+    moec_command("compile", folder / "rows.moe.json", *options)
+    return folder / "code.mlir"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_kernels_assemble(code, arch):
+    script = ROOT / "test/Target/GPU/Inputs/ptxas.py"
+    env = {**os.environ, "PATH": f"{os.environ['PATH']}:{Path(PTXAS).parent}"}
+    with open(code) as ir:
+        done = subprocess.run(
+            [sys.executable, script, arch, "kernels"],
+            stdin=ir, capture_output=True, text=True, check=False, env=env,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = set()
+    for line in done.stdout.splitlines():
+        kernel, facts = line.split(": ")
+        numbers = dict(re.findall(r"([A-Z]\w+|registers) (\d+)", facts))
+        kind = re.sub(
+            r"_?\d+$", "", re.sub(r"^(call_|\w\d+_sm_80_(bf16|f32)(_(bf16|f32))?_)", "", kernel)
+        )
+        seen.add(kind)
+        assert facts.startswith("stack 0 spills 0 0 "), line
+        matmul = kind in ("up", "down", "shared_up", "shared_down")
+        for instruction in ("HMMA", "LDSM", "LDGSTS"):
+            assert (int(numbers[instruction]) > 0) == matmul, line
+        # Two blocks of 256 threads share a processor in matmuls, and blocks of one warp a token
+        # of 1024 experts hold all their scores in registers.
+        assert int(numbers["registers"]) <= (128 if matmul else 255), line
+    assert {"logits", "select", "sort", "weigh", "up", "gate", "shared_down", "combine"} <= seen
