@@ -1,11 +1,9 @@
 /* Times and checks the first layer of a library on a CUDA device, through the C interface.
-     gpu_layer DIR [--device N] [--tokens 1,8,64] [--repeats 50] [--check TOKENS] [--reference DIR]
-   Prints one JSON object a line: the device's read bandwidth, then a row per number of tokens:
-   microseconds of one call (median, quartiles) by events around a captured graph, with a cold L2,
-   and the same without a graph. --check compares TOKENS rows first: with float64 on the host, or,
-   for layers that are more than SwiGLU experts, with the same layer compiled for the CPU
-   (--reference); a difference above the bound ends with 7. The CUDA driver is loaded at run time.
- */
+     gpu_layer DIR [--device N] [--tokens 1,8] [--repeats N] [--check TOKENS] [--reference DIR]
+   One JSON object a line: the device's copy bandwidth, then microseconds of one call by events,
+   with a cold L2 (a captured graph; without a graph). --check compares TOKENS rows first, with
+   float64 on the host or the same layer compiled for the CPU (--reference); what is off ends
+   with 7. */
 #include "moec.h"
 
 #include <dlfcn.h>
@@ -430,24 +428,23 @@ static void run_tokens(const char *dir, moec_model *m, moec_model *reference, in
 
 int main(int argc, char **argv) {
   const char *dir = NULL, *reference_dir = NULL, *tokens = "1,8,64,512,2048,8192,16384";
-  int device = 0, repeats = 50, handle = 0;
-  int64_t check = 0;
+  const char *number = "0", *times = "50", *checked = "0";
+  const char *const names[] = {"--device", "--tokens", "--repeats", "--check", "--reference"};
+  const char **const values[] = {&number, &tokens, &times, &checked, &reference_dir};
   for (int i = 1; i < argc; ++i) {
-    if (argv[i][0] != '-')
+    int n = 0;
+    while (n < 5 && strcmp(argv[i], names[n]))
+      ++n;
+    if (n < 5 && i + 1 < argc)
+      *values[n] = argv[++i];
+    else if (argv[i][0] != '-')
       dir = argv[i];
-    else if (i + 1 < argc && !strcmp(argv[i], "--device"))
-      device = atoi(argv[++i]);
-    else if (i + 1 < argc && !strcmp(argv[i], "--tokens"))
-      tokens = argv[++i];
-    else if (i + 1 < argc && !strcmp(argv[i], "--repeats"))
-      repeats = atoi(argv[++i]);
-    else if (i + 1 < argc && !strcmp(argv[i], "--check"))
-      check = atoi(argv[++i]);
-    else if (i + 1 < argc && !strcmp(argv[i], "--reference"))
-      reference_dir = argv[++i];
     else
       dir = NULL, i = argc;
   }
+  const int device = atoi(number), repeats = atoi(times);
+  const int64_t check = atoi(checked);
+  int handle = 0;
   if (!dir || repeats < 1)
     return fprintf(stderr, "usage: gpu_layer DIR [--device N] [--tokens 1,8] [--repeats N] "
                            "[--check TOKENS] [--reference DIR]\n"),

@@ -23,6 +23,14 @@ pytestmark = pytest.mark.skipif(not TOOL.exists(), reason=f"{TOOL} is not built"
 # One small tile: what differs between tiles is tested in test_gpu_simt.py.
 TILE = "[#moe.gpu_tile<cols = 64, rows = 8, k = 32, stages = 2, warps_cols = 2, warps_rows = 1>]"
 T = 23
+# Routers that round as their model's own code does in bf16: where.
+ROUNDED = {
+    "sigmoid": "model_dtype",
+    "deepseek_v3": "upcast_logits",
+    "logit_softcap": "model_dtype",
+    "router_x": "upcast_logits",
+    "sparse_mixer": "model_dtype",
+}
 
 
 def compile_layers(specs, weights, folder):
@@ -50,6 +58,11 @@ class Layers:
     def __init__(self, folder):
         driver()
         self.specs = {name: spec_of(name, i) for i, name in enumerate(CHANGES)}
+        for name, arithmetic in ROUNDED.items():
+            spec = {**self.specs[name], "name": f"{name}_rounded", "index": len(self.specs)}
+            rounds = {"precision": "model", "model_arithmetic": arithmetic}
+            spec["router"] = {**spec["router"], **rounds}
+            self.specs[spec["name"]] = spec
         self.weights = {name: weights_of(s, "bf16") for name, s in self.specs.items()}
         self.ir, self.entries = compile_layers(self.specs.values(), self.weights, folder)
 
@@ -157,6 +170,21 @@ def test_route(name, layers, tmp_path):
     routing = ref.routing(extra.get("router_x", x))
     check_routing(out, routing, clear_tokens(routing), name)
     np.testing.assert_allclose(out["logits"], routing.logits, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_routers(name, layers, tmp_path):
+    """router.precision = model. A sum that lies between two bf16 may round to either."""
+    name = f"{name}_rounded"
+    spec = layers.specs[name]
+    x, extra = inputs(spec)
+    out = run(layers, name, "f", tmp_path, x=x, **extra)
+    ref = reference(spec, layers.weights[name], rounding="bf16")
+    routing = ref.routing(extra.get("router_x", x))
+    same = (out["experts"] == routing.experts).all(1)
+    assert same.mean() > 0.7
+    np.testing.assert_allclose(out["weights"][same], routing.weights[same], rtol=2.0**-6)
+    np.testing.assert_array_equal(from_bf16(bf16_bits(out["weights"])), out["weights"])
 
 
 @pytest.mark.parametrize("name", ["plain", "deepseek_v3", "llama4", "shared_scaled"])

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not Path(PTXAS).exists(), reason="no ptxas")
 
 
 def layers_of(name, row, changes, folder):
-    """The MoE and dense layers of a family's configuration, one of each kind, as a spec has them."""
+    """MoE and dense layers of a family's configuration, one of each kind, as a spec has them."""
     config = transformers.AutoConfig.for_model(row, **(ATTENTION | CASES[row] | changes))
     config.save_pretrained(folder / name)
     text = moec_command("inspect", folder / name, "--spec").stdout
