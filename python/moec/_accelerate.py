@@ -150,7 +150,8 @@ class _Plan:
     def experts_only(self, layer: dict[str, Any], dtype: str, why: str) -> None:
         """Settles for the experts: everything else of the block stays torch's."""
         self.what, self.way = f"experts; torch's router stays ({why})", "experts"
-        taken, shelf = take_layer(experts_spec(layer, dtype), self.experts.config)
+        down = self.experts._parameters["down_proj"]
+        taken, shelf = take_layer(experts_spec(layer, dtype), self.experts.config, down)
         read = functools.partial(experts_weights, self.experts, with_router=True)
         self.live = Live(self.name, taken, shelf, read, watched(self.experts))
 
@@ -242,7 +243,7 @@ def _plan(
         places = around(router_of(plan.block) if apart else plan.block, experts, layer)
         holder, key = places["router"][0]
         spec = block_spec(layer, dtype, router, _live.DTYPES.get(holder[key].dtype))
-        taken, shelf = take_layer(spec, experts.config)
+        taken, shelf = take_layer(spec, experts.config, down)
     except Error as why:
         plan.experts_only(layer, dtype, str(why))
         return plan
@@ -255,7 +256,7 @@ def _plan(
     found = beside(model, name, experts, table)
     if found is not None:
         path, dense, roles = found
-        taken, shelf = take_layer(dense_spec(dense, dtype), experts.config)
+        taken, shelf = take_layer(dense_spec(dense, dtype), experts.config, down)
         read = functools.partial(dense_weights, roles)
         live = Live(path, taken, shelf, read, list(roles.values()))
         plan.beside = model.get_submodule(path), live
@@ -298,7 +299,8 @@ def _check_memory(plans: list[_Plan], weights: str) -> None:
         return
     sizes = [plan.packed_bytes for plan in plans if plan.live.shelf is not None]
     need = sum(sizes) if weights == "keep" else max(sizes, default=0)
-    have = available_bytes()
+    device = plans[0].experts._parameters["down_proj"].device
+    have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if need > have:
         for plan in plans:
             plan.remove()
@@ -324,7 +326,8 @@ def _has_weights(experts: torch.nn.Module) -> bool:
 def _tokens(experts: torch.nn.Module, count: int) -> torch.Tensor:
     down = experts._parameters["down_proj"]
     h = down.shape[2 if experts.is_transposed else 1]
-    return torch.randn(count, h, generator=torch.Generator().manual_seed(0)).to(down.dtype)
+    x = torch.randn(count, h, generator=torch.Generator().manual_seed(0))
+    return x.to(down.device, down.dtype)
 
 
 @torch.no_grad()

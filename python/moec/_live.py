@@ -40,15 +40,16 @@ class _Shelf:
     library is opened when the layers of the one before are all in use.
     """
 
-    def __init__(self, folder: Any):
-        self.folder = folder
+    def __init__(self, folder: Any, device: str):
+        self.folder, self.device = folder, device
         self.free: list[moec.Layer] = []
         self.lock = threading.Lock()
 
     def take(self) -> moec.Layer:
         with self.lock:
             if not self.free:
-                library = moec.load(self.folder, load="none", threads=_threads.executor())
+                threads = _threads.executor() if self.device == "cpu" else None
+                library = moec.load(self.folder, load="none", device=self.device, threads=threads)
                 self.free = list(library.layers)[::-1]
             return self.free.pop()
 
@@ -58,26 +59,34 @@ class _Shelf:
             self.free.append(layer)
 
 
-# (folder, id of the model's configuration) -> shelf; an entry goes with its configuration.
-_shelves: dict[tuple[str, int], _Shelf] = {}
+# (folder, device, id of the model's configuration) -> shelf; an entry goes with its configuration.
+_shelves: dict[tuple[str, str, int], _Shelf] = {}
 _shelves_lock = threading.Lock()
 
 
-def take_layer(spec: dict[str, Any], owner: Any) -> tuple[moec.Layer, _Shelf]:
-    """A layer without weights of the library for `spec`, compiled if need be. Layers taken for one
-    owner (a configuration) share libraries."""
-    folder = str(library_folder(spec))
-    key = (folder, id(owner))
+def take_layer(spec: dict[str, Any], owner: Any, like: torch.Tensor) -> tuple[moec.Layer, _Shelf]:
+    """A layer without weights of the library for `spec` on the device of the tensor `like`,
+    compiled if need be. Layers taken for one owner (a configuration) share libraries."""
+    device = device_of(like)
+    folder = str(library_folder(spec, device))
+    key = (folder, device, id(owner))
     with _shelves_lock:
         if key not in _shelves:
-            _shelves[key] = _Shelf(folder)
+            _shelves[key] = _Shelf(folder, device)
             weakref.finalize(owner, _shelves.pop, key, None).atexit = False
         shelf = _shelves[key]
     return shelf.take(), shelf
 
 
+def device_of(tensor: torch.Tensor) -> str:
+    """As moec.load names it: "cpu" or "cuda:0"."""
+    if tensor.device.type == "cpu":
+        return "cpu"
+    return f"cuda:{tensor.device.index or 0}"
+
+
 def check_tensor(where: str, tensor: Any) -> torch.Tensor:
-    """Refuses what is not a plain tensor of the CPU in a format we have."""
+    """Refuses what is not a plain tensor of the CPU or a CUDA device in a format we have."""
     if tensor is None:
         refuse(where, "a parameter", "none")
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
@@ -91,8 +100,8 @@ def check_tensor(where: str, tensor: Any) -> torch.Tensor:
         refuse(where, "float32 or bfloat16", str(tensor.dtype).removeprefix("torch."))
     if tensor.device.type == "meta":
         refuse(where, "weights in memory", "a tensor on the meta device", name="E-WEIGHTS")
-    if tensor.device.type != "cpu":
-        refuse(where, "weights on the CPU", f"weights on {tensor.device}")
+    if tensor.device.type not in ("cpu", "cuda"):
+        refuse(where, "weights on the CPU or a CUDA device", f"weights on {tensor.device}")
     return tensor
 
 
@@ -122,6 +131,7 @@ class Live:
         # (dict, key, tensor, version, address) of what was packed; None: pack at the next call
         self.seen: list[tuple[Any, ...]] | None = None
         self.dropped: list[tuple[Any, ...]] | None = None
+        self.home = torch.device("cpu")  # of what was dropped
         self.running = 0
         self.lock = threading.Lock()
         self.idle = threading.Condition(self.lock)
@@ -159,13 +169,22 @@ class Live:
         seen = []
         for holder, key in self.watched:
             tensor = check_tensor(f"{self.name}.{key}", holder.get(key))
+            if self.shelf is not None and device_of(tensor) != self.shelf.device:
+                refuse(
+                    f"{self.name}.{key}",
+                    f"weights on {self.shelf.device}, where this layer was made",
+                    f"weights on {device_of(tensor)}",
+                    "move the model first; set_experts_implementation or accelerate after that",
+                    name="E-DEVICE",
+                )
             # Tensors made in inference mode count no versions.
             version = None if tensor.is_inference() else tensor._version
             seen.append((holder, key, tensor, version, tensor.data_ptr()))
         begin = time.monotonic()
         with torch.no_grad():
             for role, tensor in self.read():
-                self.layer.set_weight(role, tensor.detach())
+                # Packed on the host, whatever the layer runs on.
+                self.layer.set_weight(role, tensor.detach().cpu())
         self.seen = seen
         log.info(
             "%s: %s in %.0f ms",
@@ -239,6 +258,7 @@ class Live:
                 if tensor.dim() < 3:  # router, biases, shared experts stay: small, and torch's
                     kept.append((holder, key, tensor, version, address))
                     continue
+                self.home = tensor.device
                 shape = tuple(tensor.shape), tensor.dtype, tensor.requires_grad
                 freed += tensor.nbytes
                 ghost = torch.empty(shape[0], dtype=shape[1], device="meta")
@@ -259,7 +279,8 @@ class Live:
             }
             unpack(self, tensors)
             for holder, key, _, _, requires_grad in self.dropped:
-                holder[key] = torch.nn.Parameter(tensors[key], requires_grad=requires_grad)
+                tensor = tensors.pop(key).to(self.home)
+                holder[key] = torch.nn.Parameter(tensor, requires_grad=requires_grad)
             self.dropped = self.seen = None
 
     def close(self) -> None:

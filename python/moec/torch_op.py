@@ -92,6 +92,7 @@ def _find(name: str) -> Any:
 
 
 @torch.library.impl(_lib, "run", "CPU")
+@torch.library.impl(_lib, "run", "CUDA")
 def _run(x, layer, experts=None, weights=None, anchor=None):
     target = _find(layer)
     if (experts is None) != (weights is None):
@@ -110,6 +111,7 @@ def _run_fake(x, layer, experts=None, weights=None, anchor=None):
 
 
 @torch.library.impl(_lib, "no_backward", "CPU")
+@torch.library.impl(_lib, "no_backward", "CUDA")
 def _no_backward(grad, like, layer):
     refuse(
         f"{layer.partition('/')[2]}: backward",

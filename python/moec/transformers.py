@@ -105,7 +105,7 @@ def _make_live(experts: torch.nn.Module) -> Live:
         down = _live.check_tensor("down_proj", experts._parameters.get("down_proj"))
         layer = layer_of(experts, index_of(path))
         spec = experts_spec(layer, _live.DTYPES[down.dtype])
-        taken, shelf = take_layer(spec, experts.config)
+        taken, shelf = take_layer(spec, experts.config, down)
         live = Live(
             path or type(experts).__name__,
             taken,

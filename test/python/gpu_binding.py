@@ -57,7 +57,8 @@ def address(function):
 TABLE = Table(Header(1, 3), *[address(unused)] * 3, address(describe), address(current_stream))
 ctypes.pythonapi.PyCapsule_New.restype = py_object
 ctypes.pythonapi.PyCapsule_New.argtypes = [c_void_p, ctypes.c_char_p, c_void_p]
-CAPSULE = ctypes.pythonapi.PyCapsule_New(ctypes.addressof(TABLE), b"dlpack_exchange_api", None)
+NAME = b"dlpack_exchange_api"  # the capsule does not copy it
+CAPSULE = ctypes.pythonapi.PyCapsule_New(ctypes.addressof(TABLE), NAME, None)
 
 
 class CudaArray(Array):
@@ -130,4 +131,5 @@ def main(build, library, kernels):
     sys.exit("\n".join(wrong) if wrong else 0)
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -139,7 +139,7 @@ class Array:
 class Machine:
     """The driver's stub, the executor and the runtime."""
 
-    def __init__(self, build, kernels):
+    def __init__(self, build, kernels=None):
         self.stub = ctypes.CDLL(str(build / "test/Runtime/cuda_stub/libcuda.so.1"))
         self.simt = ctypes.CDLL(str(build / "test/lib/Target/GPU/libmoe_simt_driver.so"))
         self.moec = ctypes.CDLL(str(build / "lib/libmoec.so.1"))
@@ -150,6 +150,10 @@ class Machine:
         self.stub.stub_reset(None)
         self.stub.stub_hook(self.simt.moe_simt_hooks())
         self.simt.moe_simt_load.restype = ctypes.c_bool
+        if kernels is not None:
+            self.load(kernels)
+
+    def load(self, kernels):
         assert self.simt.moe_simt_load(str(kernels).encode()), self.fault()
 
     def fault(self):

@@ -63,6 +63,17 @@ def test_python_binding(library):
     assert done.returncode == 0, done.stderr
 
 
+def test_models_of_transformers(tmp_path):
+    script = ROOT / "test/python/gpu_transformers.py"
+    done = subprocess.run(
+        [sys.executable, script, BUILD, tmp_path],
+        capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "MOEC_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) > 40
+
+
 def stubbed(kernels=None):
     """Where a program finds the stub as its driver, and behind it the executor."""
     env = {**os.environ, "LD_LIBRARY_PATH": str(BUILD / "test/Runtime/cuda_stub")}
