@@ -3,7 +3,7 @@
 #   bash benchmarks/gpu/build.sh [BUILD_FOLDER [MODELS_FOLDER [OUT_FOLDER]]]
 # Result: benchmarks/gpu/out, some MB: it travels to the machine with the GPU as it is. For every
 # model its code for GPUs (DIR), for the CPU, which checks it (cpu/DIR), and the dense network of as
-# many active weights (dense-DIR). GPUS: architectures to make machine code for.
+# many active weights (dense-DIR). GPUS, CPU: what to make machine code for.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -31,7 +31,7 @@ for model in "$models"/*.json; do
   name=$(basename "$model" .json)
   cp "$model" "$out/models/"
   make_one "$model" "$out/$name" --target cuda --gpu "$gpus"
-  make_one "$model" "$out/cpu/$name"
+  make_one "$model" "$out/cpu/$name" --cpu "${CPU:-multi}"
   python3 - "$model" >"$out/dense.json" <<'PY'
 import json, sys
 

@@ -17,6 +17,7 @@
   X("cuInit", init, (unsigned))                                                                    \
   X("cuDeviceGet", device_get, (int *, int))                                                       \
   X("cuDeviceGetName", device_name, (char *, int, int))                                            \
+  X("cuDeviceGetAttribute", attribute, (int *, int, int))                                          \
   X("cuDevicePrimaryCtxRetain", retain, (void **, int))                                            \
   X("cuCtxPushCurrent_v2", push, (void *))                                                         \
   X("cuCtxSynchronize", synchronize, (void))                                                       \
@@ -271,9 +272,9 @@ static int by_value(const void *a, const void *b) {
   return x < y ? -1 : x > y;
 }
 
-enum { FLUSH = 256 << 20 }; /* larger than any L2 */
 static void *stream, *begin, *end;
-static uint64_t flush;
+static uint64_t flush; /* of twice the L2 cache */
+static size_t flush_bytes;
 
 typedef struct {
   float low, median, high;
@@ -288,7 +289,7 @@ static spread quartiles(float *us, int n) {
 static spread measure(moec_context *c, const moec_call *call, void *graph, int repeats) {
   float *us = malloc((size_t)repeats * sizeof *us);
   for (int i = -3; i < repeats; ++i) {
-    DO("flush L2", cuda.fill(flush, FLUSH, (unsigned char)i, FLUSH, 1, stream));
+    DO("flush L2", cuda.fill(flush, flush_bytes, (unsigned char)i, flush_bytes, 1, stream));
     DO("record", cuda.record(begin, stream));
     if (graph)
       DO("launch the graph", cuda.launch(graph, stream));
@@ -469,7 +470,10 @@ int main(int argc, char **argv) {
   DO("create a stream", cuda.stream_create(&stream, 1));
   DO("create an event", cuda.event_create(&begin, 0));
   DO("create an event", cuda.event_create(&end, 0));
-  flush = device_memory(FLUSH);
+  int l2 = 0;
+  DO("ask for the L2 cache", cuda.attribute(&l2, 38, handle));
+  flush_bytes = 2 * (size_t)l2 + 1;
+  flush = device_memory(flush_bytes);
   MOEC_INIT(info);
   OK(moec_get_layer_info(m, 0, &info, &error));
   set_weights(m);

@@ -161,10 +161,10 @@ API int cuDeviceGetAttribute(int *value, int attribute, int device) {
   ENTER("cuDeviceGetAttribute");
   if (device < 40 || device >= 40 + machine.devices)
     return 101;
-  /* Clock and processors, clock, bus and cache of the memory: those of an A100. */
+  /* Clock and processors, clock and bus of the memory: those of an A100, but little L2. */
   const int table[][2] = {{75, machine.major}, {76, machine.minor}, {97, machine.shared},
                           {13, 1410000},       {16, 108},           {36, 1215000},
-                          {37, 5120},          {38, 40 << 20}};
+                          {37, 5120},          {38, 1 << 20}};
   for (size_t i = 0; i < sizeof table / sizeof *table; ++i)
     if (table[i][0] == attribute) {
       *value = table[i][1];
