@@ -61,6 +61,7 @@ static int (*device_allocate)(uint64_t *, size_t);
 static int (*device_free)(uint64_t);
 static int (*capture)(void *, int);
 static int (*end_capture)(void *, void **);
+static int (*destroy_graph)(void *);
 
 static int load_stub(const char *path) {
   void *stub = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
@@ -77,6 +78,7 @@ static int load_stub(const char *path) {
   *(void **)(void *)&device_free = dlsym(stub, "cuMemFree_v2");
   *(void **)(void *)&capture = dlsym(stub, "cuStreamBeginCapture_v2");
   *(void **)(void *)&end_capture = dlsym(stub, "cuStreamEndCapture");
+  *(void **)(void *)&destroy_graph = dlsym(stub, "cuGraphDestroy");
   return reset && hook && fail && calls && used && held && stream_of && device_allocate;
 }
 
@@ -320,6 +322,7 @@ static void test_calls(void) {
   OK(moec_run(c, 0, &call, &err));
   void *graph = NULL;
   CHECK(end_capture(&stream, &graph) == 0 && graph && !order[0]);
+  CHECK(destroy_graph(graph) == 0);
   OK(moec_run(c, 0, &call, &err)); /* logits: route, then experts */
   CHECK(!strncmp(order, "layer_up(8) layer_up(8) call_out(1) call_counts(6) layer_up(8)", 62));
   CHECK(counts[0] == 0 && counts[E] == 0);
