@@ -310,8 +310,12 @@ static spread measure(moec_context *c, const moec_call *call, void *graph, int r
 static double bandwidth(void) {
   const size_t bytes = 512u << 20;
   uint64_t a = 0, b = 0;
-  if (cuda.allocate(&a, bytes) || cuda.allocate(&b, bytes))
+  if (cuda.allocate(&a, bytes))
     return 0;
+  if (cuda.allocate(&b, bytes)) {
+    (void)cuda.release(a);
+    return 0;
+  }
   float us[9];
   for (int i = -1; i < 9; ++i) {
     DO("record", cuda.record(begin, stream));
