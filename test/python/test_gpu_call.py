@@ -237,9 +237,8 @@ def test_benchmark_as_a_whole(tmp_path):
     assert {r.get("peer") for r in rows} >= {"dense matmul", "grouped_mm", "transformers"}
     page = (results / "table.md").read_text()
     assert "| next | 5 | 125.0 |" in page and "MoE / dense" in page and page == done.stdout
-    # A fault in the kernels is a row, and so is what is not here; finished steps are not run again.
-    spoilt = out / "next.mlir"
-    spoilt.write_text(spoilt.read_text().replace("nvvm.redux.sync umax", "nvvm.redux.sync umin"))
+    # A step that ends badly is a row, and so is what is not here; finished steps are not run again.
+    (out / "next.mlir").write_text("no kernels")
     (results / "steps" / "next.jsonl").unlink()
     (results / "steps" / "transformers.jsonl").unlink()
     env["PYTHONPATH"] = str(tmp_path)
