@@ -3,12 +3,13 @@
 
 /* ---- launches ---- */
 
-/* The launcher that generated code and the functions below start kernels by. After a failure the
-   rest of the call is left out. */
+/* The launcher that generated code and the functions below start kernels by. A grid without blocks,
+   which the driver would refuse, is nothing to do (no slots: only the shared expert). After a
+   failure the rest of the call is left out. */
 static void start(void *self, const moec_gpu_launch *launch) {
   moec_context *c = self;
   moec_gpu_call *g = &c->gpu;
-  if (g->failure)
+  if (g->failure || !launch->grid[0] || !launch->grid[1] || !launch->grid[2])
     return;
   const struct moec_gpu *gpu = c->model->gpu;
   g->failure = gpu->cuda->launch(gpu->kernels[launch->kernel], launch->grid[0], launch->grid[1],

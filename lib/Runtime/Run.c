@@ -28,7 +28,7 @@ static int find_entries(const checking *k, const moec_layer_state *s, const moec
   return 0;
 }
 
-/* T > 0 and k > 0. */
+/* T > 0; k > 0 or a shared expert. */
 static int run_chunks(moec_context *c, const moec_job *job) {
   const moec_layer_state *s = job->layer;
   const moec_call *call = job->call;
@@ -41,7 +41,7 @@ static int run_chunks(moec_context *c, const moec_job *job) {
   if (r)
     return r;
   const int64_t rows = moec_rows_of(code, c->max_tokens);
-  int64_t chunk = rows / t->k < c->max_tokens ? rows / t->k : c->max_tokens;
+  int64_t chunk = t->k && rows / t->k < c->max_tokens ? rows / t->k : c->max_tokens;
   for (int i = 0; i < 2; ++i)
     while (entries[i] && chunk &&
            entries[i]->workspace_bytes(chunk < t->T ? chunk : t->T, t->k, c->lanes) >
@@ -130,7 +130,8 @@ int moec_run(moec_context *c, int32_t layer, const moec_call *call, moec_error *
     const int64_t counts = (code->E + 1) * 4, row = code->H * moec_dtype_bytes(t.y.dtype);
     if (call->counts_out)
       target->clear(c, t.counts_out.data, counts, counts, 1);
-    if (t.T && t.k)
+    const int shared = code->S > 0 && !(call->flags & MOEC_ROUTED_ONLY);
+    if (t.T && (t.k || shared))
       r = run_chunks(c, &job);
     else if (t.T && !(call->flags & MOEC_ACCUMULATE)) /* no slots: the empty sum */
       target->clear(c, t.y.data, t.y.stride * moec_dtype_bytes(t.y.dtype), row, t.T);
