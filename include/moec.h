@@ -43,7 +43,7 @@ extern "C" {
 /* Version of this interface, major << 16 | minor. The library's file name carries the major number
    (libmoec.so.<major>). The runtime opens generated code of its own major number whose minor number
    is not above its own (else E-ABI). */
-#define MOEC_ABI 0x00010001u
+#define MOEC_ABI 0x00010002u
 
 /* Clears the struct variable `v` and sets its struct_size. */
 #define MOEC_INIT(v) (memset(&(v), 0, sizeof(v)), (void)((v).struct_size = sizeof(v)))

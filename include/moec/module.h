@@ -115,6 +115,9 @@ typedef struct moec_gpu_map {
 typedef struct moec_gpu_launcher {
   void *self;                                                /* 0 */
   void (*launch)(void *self, const moec_gpu_launch *launch); /* 8 */
+  /* Since 1.2: fills the 128 bytes (64-byte aligned) that a kernel takes by value as a tensor map.
+   */
+  void (*map)(void *self, const moec_gpu_map *view, void *map); /* 16 */
 } moec_gpu_launcher;
 
 enum { MOEC_IMAGE_CUBIN = 0, MOEC_IMAGE_PTX = 1 };

@@ -107,7 +107,7 @@ static std::string codegen(const PipelineOptions &options) {
   std::string text;
   if (options.isGPU())
     text = "moe-gpu-lower-kernels,nvvm-attach-target{chip=" + options.gpu +
-           " O=3},gpu-module-to-binary{format=isa},";
+           " O=3},gpu.module(convert-nvvm-to-llvm),gpu-module-to-binary{format=isa},";
   llvm::raw_string_ostream os(text);
   OpPassManager pm(ModuleOp::getOperationName());
   buildLowerToLLVM(pm);

@@ -14,6 +14,9 @@ enum {
   CUDA_ERROR_INVALID_PTX = 218,
   CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222,
   CUDA_ERROR_JIT_COMPILATION_DISABLED = 223,
+  CUDA_ERROR_NOT_SUPPORTED = 801,
+  CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
+  CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3,
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
   CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
@@ -53,7 +56,12 @@ typedef struct {
 #define MOEC_CUDA_MEMBER(text, name, arguments) int(*name) arguments;
   MOEC_CUDA_FUNCTIONS(MOEC_CUDA_MEMBER)
 #undef MOEC_CUDA_MEMBER
-  int (*function_load)(void *function); /* cuFuncLoad, since 12.4; NULL where the driver is older */
+  /* NULL where the driver is older: */
+  int (*function_load)(void *function); /* cuFuncLoad, since 12.4 */
+  /* cuTensorMapEncodeTiled, since 12.0: as old as drivers for devices that need it */
+  int (*encode_map)(void *map, int type, uint32_t rank, void *base, const uint64_t *sizes,
+                    const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
+                    int interleave, int swizzle, int promotion, int fill);
 } moec_cuda_driver;
 
 /* A model on a device. */

@@ -31,6 +31,7 @@ static int load(const char *where, moec_error *error) {
   MOEC_CUDA_FUNCTIONS(MOEC_CUDA_FIND)
 #undef MOEC_CUDA_FIND
   *(void **)(void *)&d.function_load = dlsym(library, "cuFuncLoad");
+  *(void **)(void *)&d.encode_map = dlsym(library, "cuTensorMapEncodeTiled");
   int version = 0;
   if (d.version)
     (void)d.version(&version);

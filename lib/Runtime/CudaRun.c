@@ -22,6 +22,26 @@ static void start(void *self, const moec_gpu_launch *launch) {
   g->block = launch->block[0];
 }
 
+/* The launcher's tensor maps: host work alone, so a captured call may do it. */
+static void make_map(void *self, const moec_gpu_map *view, void *map) {
+  moec_context *c = self;
+  moec_gpu_call *g = &c->gpu;
+  if (g->failure)
+    return;
+  const moec_cuda_driver *cuda = c->model->gpu->cuda;
+  static const uint32_t steps[5] = {1, 1, 1, 1, 1};
+  /* 0, 32, 64 and 128 bytes are 0, 1, 2 and 3; what is out of bounds is zero. */
+  const int swizzle = view->swizzle == 128 ? 3 : view->swizzle / 32;
+  g->kernel = "tensor map";
+  g->grid[0] = g->grid[1] = g->block = 0;
+  g->failure =
+      cuda->encode_map
+          ? cuda->encode_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, (uint32_t)view->rank,
+                             (void *)(uintptr_t)view->base, view->sizes, view->strides, view->box,
+                             steps, 0, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, 0)
+          : CUDA_ERROR_NOT_SUPPORTED;
+}
+
 /* One of the kernels of CallKernels.cpp. */
 static void start_call_kernel(moec_context *c, int32_t kernel, uint32_t blocks, void **arguments) {
   const moec_gpu_kernel *k = &c->model->module->kernels[kernel];
@@ -40,6 +60,7 @@ static uint32_t blocks_of(const moec_context *c, int32_t kernel, int32_t rows) {
 int moec_cuda_attach(moec_context *c, void *more, const char *where, moec_error *error) {
   c->gpu.launcher.self = c;
   c->gpu.launcher.launch = start;
+  c->gpu.launcher.map = make_map;
   c->gpu.status = more;
   c->gpu.layer = "no layer";
   c->gpu.kernel = "no kernel";

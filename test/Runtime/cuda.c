@@ -280,7 +280,7 @@ static void test_calls(void) {
   moec_model *m = NULL;
   moec_context *c = NULL;
   const stub_machine two = {2, 8, 6, 12080, 101376, 0};
-  const stub_hooks hooks = {NULL, launched, NULL};
+  const stub_hooks hooks = {NULL, launched, NULL, NULL};
   reset(&two);
   hook(&hooks);
   OK(open_on(1, &m));

@@ -396,12 +396,35 @@ API int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsig
     uint32_t count = 0;
     const uint32_t *sizes = hooks.sizes ? hooks.sizes(kernel, &count) : NULL;
     for (uint32_t i = 0; i < count && i < 32; ++i) {
+      if (sizes[i] > sizeof n->arguments[i]) /* a tensor map */
+        return INVALID_VALUE;
       memcpy(&n->arguments[i], arguments[i], sizes[i]);
       n->places[i] = &n->arguments[i];
     }
     return count > 32 ? INVALID_VALUE : 0;
   }
   return hooks.launch ? hooks.launch(kernel, grid, threads, shared, arguments) : 0;
+}
+
+API int cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *base,
+                               const uint64_t *sizes, const uint64_t *strides, const uint32_t *box,
+                               const uint32_t *steps, int interleave, int swizzle, int promotion,
+                               int fill) {
+  ENTER("cuTensorMapEncodeTiled");
+  if ((uintptr_t)map % 64 || type != 9 || rank < 1 || rank > 5 || interleave || swizzle < 0 ||
+      swizzle > 3 || promotion < 0 || promotion > 3 || fill)
+    return INVALID_VALUE;
+  moec_gpu_map view = {.base = base, .rank = (int32_t)rank, .swizzle = swizzle ? 16 << swizzle : 0};
+  for (uint32_t i = 0; i < rank; ++i) {
+    if (steps[i] != 1)
+      return INVALID_VALUE;
+    view.sizes[i] = sizes[i];
+    view.box[i] = box[i];
+    if (i)
+      view.strides[i - 1] = strides[i - 1];
+  }
+  memset(map, 0, 128);
+  return hooks.map ? hooks.map(&view, map) : 0;
 }
 
 /* ---- streams, graphs and events: a replay launches what was captured; nothing takes time ---- */

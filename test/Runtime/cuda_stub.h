@@ -8,6 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "moec/module.h"
+
 typedef struct {
   int devices, major, minor, version, shared;
   size_t memory; /* bytes; 0: without limit */
@@ -21,6 +23,8 @@ typedef struct {
                 uint32_t shared, void *const *arguments);
   /* Bytes of every argument of a kernel, so that a captured launch can keep them. */
   const uint32_t *(*sizes)(const char *kernel, uint32_t *count);
+  /* Fills the 128 bytes of a tensor map; 0 or a CUDA error. */
+  int (*map)(const moec_gpu_map *view, void *map);
 } stub_hooks;
 
 void stub_reset(const stub_machine *machine); /* NULL: one device 8.0; forgets hooks and failures */

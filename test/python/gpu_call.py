@@ -92,7 +92,14 @@ class Call(ctypes.Structure):
 
 
 class Hooks(ctypes.Structure):
-    _fields_ = [("memory", c_void_p), ("launch", c_void_p)]
+    _fields_ = [("memory", c_void_p), ("launch", c_void_p), ("map", c_void_p)]
+
+
+class StubMachine(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("devices", "major", "minor", "version", "shared")),
+        ("memory", c_size_t),
+    ]
 
 
 TYPES = {
@@ -147,7 +154,10 @@ class Machine:
         self.simt.moe_simt_hooks.restype = POINTER(Hooks)
         self.simt.moe_simt_launches.restype = c_uint64
         self.stub.stub_used.restype = c_size_t
-        self.stub.stub_reset(None)
+        # An 8.0, or what kernels with wgmma need.
+        hopper = StubMachine(1, 9, 0, 12080, 232448, 0)
+        wide = kernels is not None and "wgmma" in Path(kernels).read_text()
+        self.stub.stub_reset(byref(hopper) if wide else None)
         self.stub.stub_hook(self.simt.moe_simt_hooks())
         self.simt.moe_simt_load.restype = ctypes.c_bool
         if kernels is not None:

@@ -37,14 +37,23 @@ CONFIG = {
 }
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def compiled(tmp_path_factory, gpu):
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    options = ["--target", "cuda", "--checkpoint", "random:4", "--quiet"]
+    options = ["--target", "cuda", "--gpu", gpu, "--checkpoint", "random:4", "--quiet"]
     options += ["--dump-phases", folder / "phases", "-o", folder / "gpu.moec"]
     moec_command("compile", folder / "config.json", *options)
     return folder / "gpu.moec", folder / "phases" / "07-kernels.mlir"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return compiled(tmp_path_factory, "sm_80")
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory):
+    return compiled(tmp_path_factory, "sm_90a")
 
 
 def run(library, kernels, script="gpu_call.py"):
@@ -56,6 +65,15 @@ def test_layer_through_the_c_interface(library):
     done = run(*library)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 100
+
+
+def test_tensor_maps_through_the_c_interface(hopper):
+    """sm_90a: the runtime has the driver make the maps that kernels take by value."""
+    manifest = json.loads((hopper[0] / "manifest.json").read_text())
+    assert [image["kind"] for image in manifest["images"]] == ["cubin"]
+    assert manifest["abi"] == "1.2"
+    done = run(*hopper)
+    assert done.returncode == 0, done.stderr
 
 
 def test_python_binding(library):

@@ -62,7 +62,8 @@ static cl::opt<std::string> gpuOption(
     "gpu", cl::init("sm_80"),
     cl::desc("GPUs to make machine code for (default sm_80); newer ones take the PTX that "
              "is always there"),
-    cl::value_desc("sm_80,sm_86,sm_89,sm_90"), cl::cat(category()), cl::sub(compileParser()));
+    cl::value_desc("sm_80,sm_86,sm_89,sm_90 | sm_90a"), cl::cat(category()),
+    cl::sub(compileParser()));
 static cl::opt<std::string> checkpointOption("checkpoint",
                                              cl::desc("Where weights come from, if not from MODEL"),
                                              cl::value_desc("PATH|random:SEED|none"),

@@ -181,6 +181,10 @@ llvm::Expected<std::vector<std::string>> parseGPUs(llvm::StringRef text) {
     if (!llvm::is_contained(out, piece))
       out.push_back(piece.str());
   }
+  // One set of kernels to a library.
+  if (out.size() > 1 && llvm::is_contained(out, "sm_90a"))
+    return makeError(ErrorCode::TARGET, "--gpu", "`sm_90a` alone", "`" + text.str() + "`",
+                     "make a library for each; they read the same packed weights");
   llvm::sort(out);
   return out;
 }
@@ -242,7 +246,7 @@ static llvm::Expected<moe::PipelineOptions> pipelineOptions(const PipelineChoice
   moe::PipelineOptions options;
   options.levels = choice.levels;
   if (!choice.gpus.empty())
-    options.gpu = "sm_80"; // whatever it is assembled for
+    options.gpu = choice.gpus.front() == "sm_90a" ? "sm_90a" : "sm_80"; // the others run these
   options.disabledPasses = choice.disabledPasses;
   auto strategy = readStrategy(choice.strategyFile);
   if (!strategy)
@@ -601,11 +605,14 @@ llvm::Error ModuleCompiler::addImages(moe::CodeTable &table, llvm::ArrayRef<std:
     if (!cubin)
       return cubin.takeError();
     int32_t arch = 0;
-    llvm::StringRef(gpu).drop_front(3).getAsInteger(10, arch);
+    llvm::StringRef(gpu).drop_front(3).rtrim('a').getAsInteger(10, arch);
     table.images.push_back({MOEC_IMAGE_CUBIN, arch, std::move(*cubin)});
   }
-  table.images.push_back({MOEC_IMAGE_PTX, 80, ptx + '\0'});
-  table.abi = MOEC_ABI; // the runtime has to know images
+  // What is made of wgmma runs on no other architecture, and its launches want tensor maps.
+  bool maps = llvm::is_contained(gpus, "sm_90a");
+  if (!maps)
+    table.images.push_back({MOEC_IMAGE_PTX, 80, ptx + '\0'});
+  table.abi = maps ? 0x00010002u : 0x00010001u; // the runtime has to know them, or images
   return llvm::Error::success();
 }
 

@@ -14,10 +14,7 @@ using namespace mlir::moe;
 // path; what is reached is nearer 40.
 static const GPUArch archs[] = {
     {"sm_80", 80, true, "", 108, 164 * 1024, 1024, 40, 10.2},
-    {"sm_90a", 90, false,
-     "architecture `sm_90a` is known but not built yet; use `sm_90`, which runs the kernels of "
-     "`sm_80`",
-     132, 228 * 1024, 2048, 40, 13.9},
+    {"sm_90a", 90, true, "", 132, 228 * 1024, 2048, 40, 13.9},
 };
 
 llvm::ArrayRef<GPUArch> mlir::moe::gpuArchs() { return archs; }
@@ -38,6 +35,6 @@ std::string mlir::moe::implementedArchNames() {
 }
 
 llvm::ArrayRef<llvm::StringRef> mlir::moe::assembledArchNames() {
-  static const llvm::StringRef names[] = {"sm_80", "sm_86", "sm_87", "sm_89", "sm_90"};
+  static const llvm::StringRef names[] = {"sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a"};
   return names;
 }

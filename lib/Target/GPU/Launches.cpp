@@ -6,7 +6,10 @@
 //===----------------------------------------------------------------------===//
 
 #include "EntryEmitter.h"
+#include "TensorMap.h"
+#include "moe/Target/GPU/Arch.h"
 
+#include "mlir/Dialect/LLVMIR/NVVMDialect.h"
 #include "mlir/Dialect/SCF/IR/SCF.h"
 
 using namespace mlir;
@@ -24,7 +27,11 @@ LogicalResult EntryEmitter::launchMatmul(StringRef name, GroupedMatmulOp op, con
   if (add)
     args.append({weights, scale});
   auto tiles = op->getAttrOfType<ArrayAttr>(kGPUTilesAttrName);
-  for (auto [i, attr] : llvm::enumerate(tiles.getAsRange<GPUTileAttr>())) {
+  auto target = func->getAttrOfType<TargetAttr>(MoEDialect::kTargetAttrName);
+  int64_t processors = findGPUArch(target.getLevel())->processors;
+  Value packed = args[4];
+  for (auto [i, each] : llvm::enumerate(tiles.getAsRange<GPUTileAttr>())) {
+    GPUTileAttr attr = each;
     GemmKernel spec{attr,
                     type,
                     from.rowWidth,
@@ -46,8 +53,18 @@ LogicalResult EntryEmitter::launchMatmul(StringRef name, GroupedMatmulOp op, con
     Value partial = arith::MinUIOp::create(b, loc, from.count, c32(type.getExperts()));
     Value grid = arith::MulIOp::create(b, loc, arith::AddIOp::create(b, loc, full, partial),
                                        c32(spec.colBlocks()));
+    if (attr.isWgmma()) {
+      // Blocks that stay: as many as there are processors.
+      grid = arith::MinUIOp::create(b, loc, grid, c32(processors));
+      args[4] = createWeightMap(b, loc, frame, packed, type, attr);
+    }
     if (failed(launch((name + "_" + Twine(i)).str(), grid, c32(1), attr.getThreads(),
                       attr.getSharedBytes(), args, [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
+                        if (attr.isWgmma()) {
+                          setMapArgument(kernel, 4);
+                          kernel->setAttr(NVVM::NVVMDialect::getMaxnregAttrName(),
+                                          inner.getI32IntegerAttr(GPUTileAttr::kStartRegisters));
+                        }
                         return emitGemm(inner, kernel, spec);
                       })))
       return failure();

@@ -93,6 +93,15 @@ static LogicalResult checkTiles(GroupedMatmulOp op) {
       return op.emitOpError("expected tiles by rising up_to, the last with 0, but got ")
              << tile.getUpTo() << " in place " << i;
     before = tile.getUpTo();
+    if (tile.getUnit() != cast<GPUTileAttr>(tiles[0]).getUnit())
+      return op.emitOpError("expected tiles with one unit, since units round sums differently, but "
+                            "got ")
+             << stringifyGPUUnit(tile.getUnit()) << " in place " << i;
+    auto target =
+        op->getParentOfType<func::FuncOp>()->getAttrOfType<TargetAttr>(MoEDialect::kTargetAttrName);
+    if (tile.isWgmma() && target.getLevel() != "sm_90a")
+      return op.emitOpError("expected level sm_90a with unit = wgmma, but got ")
+             << target.getLevel();
   }
   return success();
 }

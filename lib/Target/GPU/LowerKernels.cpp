@@ -107,9 +107,12 @@ Value HostLowering::name(StringRef text) {
 LogicalResult HostLowering::lower(gpu::LaunchFuncOp launch) {
   auto kernels = module.lookupSymbol<gpu::GPUModuleOp>(launch.getKernelModuleName());
   int64_t number = 0, found = -1;
+  LLVM::LLVMFuncOp callee;
   for (auto kernel : kernels.getOps<LLVM::LLVMFuncOp>()) {
-    if (kernel.getSymNameAttr() == launch.getKernelName())
+    if (kernel.getSymNameAttr() == launch.getKernelName()) {
       found = number;
+      callee = kernel;
+    }
     ++number;
   }
   if (found < 0)
@@ -118,8 +121,12 @@ LogicalResult HostLowering::lower(gpu::LaunchFuncOp launch) {
   auto operands = launch.getKernelOperands();
   Value list = slot(ptr(), operands.size());
   for (auto [i, operand] : llvm::enumerate(operands)) {
-    Value place = slot(operand.getType(), 1);
-    LLVM::StoreOp::create(b, loc, operand, place);
+    // What is passed by value is where it is.
+    Value place = operand;
+    if (!callee.getArgAttr(i, LLVM::LLVMDialect::getByValAttrName())) {
+      place = slot(operand.getType(), 1);
+      LLVM::StoreOp::create(b, loc, operand, place);
+    }
     LLVM::StoreOp::create(b, loc, place, at(list, i * 8));
   }
   Value record = slot(b.getI8Type(), sizeof(moec_gpu_launch));

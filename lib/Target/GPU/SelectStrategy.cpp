@@ -83,7 +83,16 @@ struct AttachTargetPass : public mlir::moe::impl::MoEGPUAttachTargetBase<AttachT
 /// The tiles that are worth building: few rows, some, many. Weight columns are a wide tile in each,
 /// since a block then reads whole 128-byte lines of several panels; deep steps hide memory where
 /// there is nothing else to do; 128 rows keep the tensor cores busy with two blocks a processor.
-static SmallVector<GPUTileAttr> candidates(MLIRContext *context) {
+static SmallVector<GPUTileAttr> candidates(MLIRContext *context, const GPUArch &arch) {
+  // Warpgroups: one unit for all numbers of rows, so that a token's bits do not depend on it. Rings
+  // as long as shared memory is.
+  if (arch.rank >= 90) {
+    auto tile = [&](int64_t rows, int64_t stages) {
+      return GPUTileAttr::get(context, /*cols=*/128, rows, /*k=*/64, stages, /*warps_cols=*/8,
+                              /*warps_rows=*/1, GPURaster::Rows, /*up_to=*/0, GPUUnit::Wgmma);
+    };
+    return {tile(8, 8), tile(32, 8), tile(64, 8), tile(128, 6), tile(256, 4)};
+  }
   auto tile = [&](int64_t rows, int64_t k, int64_t stages, int64_t warpsRows) {
     return GPUTileAttr::get(context, /*cols=*/128, rows, k, stages, /*warps_cols=*/4, warpsRows,
                             GPURaster::Rows, /*up_to=*/0);
@@ -113,7 +122,7 @@ static double cycles(const GPUArch &arch, WeightType weight, GPUTileAttr tile, d
 
 static ArrayAttr chooseTiles(const GPUArch &arch, WeightType weight) {
   MLIRContext *context = weight.getContext();
-  SmallVector<GPUTileAttr> all = candidates(context);
+  SmallVector<GPUTileAttr> all = candidates(context, arch);
   // The best by powers of two; never back to fewer rows.
   SmallVector<std::pair<unsigned, int64_t>> ranges; // candidate, largest number of rows
   unsigned least = 0;
@@ -133,7 +142,8 @@ static ArrayAttr chooseTiles(const GPUArch &arch, WeightType weight) {
     GPUTileAttr t = all[range.first];
     int64_t upTo = i + 1 == ranges.size() ? 0 : range.second;
     tiles.push_back(GPUTileAttr::get(context, t.getCols(), t.getRows(), t.getK(), t.getStages(),
-                                     t.getWarpsCols(), t.getWarpsRows(), t.getRaster(), upTo));
+                                     t.getWarpsCols(), t.getWarpsRows(), t.getRaster(), upTo,
+                                     t.getUnit()));
   }
   return ArrayAttr::get(context, tiles);
 }

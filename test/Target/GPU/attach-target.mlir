@@ -1,11 +1,13 @@
 // RUN: moe-opt %s --moe-gpu-attach-target --moe-gpu-select-strategy | FileCheck %s
-// RUN: not moe-opt %s --moe-gpu-attach-target=arch=sm_90a 2>&1 | FileCheck %s --check-prefix=HOPPER
+// RUN: moe-opt %s --moe-gpu-attach-target=arch=sm_90a --moe-gpu-select-strategy | FileCheck %s --check-prefix=HOPPER
 // RUN: not moe-opt %s --moe-gpu-attach-target=arch=sm_1 2>&1 | FileCheck %s --check-prefix=UNKNOWN
 // RUN: sed 's/moe.compute = bf16/moe.compute = f32/' %s \
 // RUN:   | not moe-opt - --moe-gpu-attach-target 2>&1 | FileCheck %s --check-prefix=F32
 
-// HOPPER: expected a GPU architecture that is built (`sm_80`), but got `sm_90a`
-// UNKNOWN: expected a GPU architecture (`sm_80`), but got `sm_1`
+// HOPPER: moe.target = #moe.target<cuda, level = "sm_90a">
+// HOPPER: gpu_tiles = [#moe.gpu_tile<cols = 128, rows = 8, k = 64, stages = 8, warps_cols = 8, warps_rows = 1, up_to = {{[0-9]+}}, unit = wgmma>
+// HOPPER-SAME: #moe.gpu_tile<cols = 128, rows = 256, k = 64, stages = 4, warps_cols = 8, warps_rows = 1, unit = wgmma>]
+// UNKNOWN: expected a GPU architecture (`sm_80`, `sm_90a`), but got `sm_1`
 // F32: expected moe.compute = bf16 for a GPU, but got 'f32'
 
 // CHECK: moe.target = #moe.target<cuda, level = "sm_80">

@@ -37,3 +37,18 @@
 
 // expected-error @below {{expected up_to not to be negative, but got -1 (C8)}}
 "test.a"() {a = #moe.gpu_tile<cols = 64, rows = 16, k = 32, stages = 4, warps_cols = 2, warps_rows = 1, up_to = -1>} : () -> ()
+
+// -----
+
+// expected-error @below {{expected cols = 128, k = 64, warps_cols = 8 and warps_rows = 1 with wgmma, but got 128, 32, 8 and 1 (C9)}}
+"test.a"() {a = #moe.gpu_tile<cols = 128, rows = 64, k = 32, stages = 4, warps_cols = 8, warps_rows = 1, unit = wgmma>} : () -> ()
+
+// -----
+
+// expected-error @below {{expected rows to be a multiple of 8 up to 256 with wgmma, but got 264 (C9)}}
+"test.a"() {a = #moe.gpu_tile<cols = 128, rows = 264, k = 64, stages = 2, warps_cols = 8, warps_rows = 1, unit = wgmma>} : () -> ()
+
+// -----
+
+// expected-error @below {{expected at most 232448 bytes of shared memory, but got 264272 (C9)}}
+"test.a"() {a = #moe.gpu_tile<cols = 128, rows = 256, k = 64, stages = 5, warps_cols = 8, warps_rows = 1, unit = wgmma>} : () -> ()

@@ -39,7 +39,8 @@ const GPUArch *findGPUArch(llvm::StringRef name);
 /// "`sm_80`": the implemented ones, for messages.
 std::string implementedArchNames();
 
-/// "sm_80", "sm_86", ...: machine code that can be assembled from the kernels of `sm_80`.
+/// "sm_80", "sm_86", ..., "sm_90a": what machine code can be assembled for. The kernels are those
+/// of `sm_80`, but for `sm_90a` its own.
 llvm::ArrayRef<llvm::StringRef> assembledArchNames();
 
 } // namespace mlir::moe

@@ -391,5 +391,7 @@ LogicalResult GemmEmitter::emit() {
 }
 
 LogicalResult mlir::moe::emitGemm(OpBuilder &b, LLVM::LLVMFuncOp kernel, const GemmKernel &spec) {
+  if (spec.tile.isWgmma())
+    return emitWgmmaGemm(b, kernel, spec);
   return GemmEmitter(b, kernel, spec).emit();
 }

@@ -117,6 +117,10 @@ struct GemmKernel {
 };
 LogicalResult emitGemm(OpBuilder &b, LLVM::LLVMFuncOp kernel, const GemmKernel &spec);
 
+/// The same for a tile with wgmma: the block takes one tile after another, and `weight` is a tensor
+/// map of the packed weight, whose boxes are one stage of the ring (createWeightMap).
+LogicalResult emitWgmmaGemm(OpBuilder &b, LLVM::LLVMFuncOp kernel, const GemmKernel &spec);
+
 /// combine(y, y_stride i64, accumulate i32
 ///         [, rows[, ids, slots i32, pair, order[, weights], scale f32]]
 ///         [, shared rows, shared count i32[, gate], shared scale f32]):

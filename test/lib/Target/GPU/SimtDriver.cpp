@@ -61,6 +61,7 @@ static int launchKernel(const char *kernel, const uint32_t grid[3], const uint32
   if (!d.code || !d.error.empty())
     return launchFailed;
   if (!d.machine) {
+    d.options.maxShared = 232448; // the stub knows what its device has
     d.machine = std::make_unique<simt::Machine>(d.options);
     // What is written where is not followed here: the stub fills new memory with NaN.
     for (auto [begin, bytes] : d.memory)
@@ -87,6 +88,14 @@ static const uint32_t *argumentSizes(const char *kernel, uint32_t *count) {
   return *count ? found->second.data() : nullptr;
 }
 
+static int makeMap(const moec_gpu_map *view, void *map) {
+  constexpr int invalidValue = 1;
+  std::string error = simt::encodeTensorMap(*view, map);
+  if (!error.empty() && driver().error.empty())
+    driver().error = error;
+  return error.empty() ? 0 : invalidValue;
+}
+
 #define API extern "C" __attribute__((visibility("default")))
 
 /// Compiles the kernels in the file. False: moe_simt_error() says why.
@@ -104,8 +113,12 @@ API bool moe_simt_load(const char *path) {
       op.erase();
   module->walk([](LLVM::LLVMFuncOp kernel) {
     std::vector<uint32_t> &sizes = driver().sizes[kernel.getSymName().str()];
-    for (Type type : kernel.getArgumentTypes())
-      sizes.push_back(isa<LLVM::LLVMPointerType>(type) ? 8 : type.getIntOrFloatBitWidth() / 8);
+    for (auto [i, type] : llvm::enumerate(kernel.getArgumentTypes())) {
+      bool map = bool(kernel.getArgAttr(i, LLVM::LLVMDialect::getByValAttrName()));
+      sizes.push_back(map                                ? 128
+                      : isa<LLVM::LLVMPointerType>(type) ? 8
+                                                         : type.getIntOrFloatBitWidth() / 8);
+    }
   });
   // Not by name: the registry of passes may be that of a compiler in this process.
   PassManager pm(&context);
@@ -133,7 +146,7 @@ API void moe_simt_order(int order, uint64_t seed, bool earlyCopies) {
 }
 
 API const stub_hooks *moe_simt_hooks() {
-  static const stub_hooks hooks = {changeMemory, launchKernel, argumentSizes};
+  static const stub_hooks hooks = {changeMemory, launchKernel, argumentSizes, makeMap};
   return &hooks;
 }
 

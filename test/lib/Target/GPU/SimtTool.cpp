@@ -57,6 +57,7 @@ static cl::opt<int64_t> shift("shift", cl::desc("elements by which x and y are m
 static cl::opt<std::string> mutation("mutate", cl::desc("KERNEL:KIND:N, a planted fault"));
 static cl::opt<bool> routedOnly("routed-only", cl::desc("the routed sum alone"));
 static cl::opt<bool> atomic("atomic", cl::desc("gpu_combine = \"atomic\""));
+static cl::opt<std::string> gpuName("gpu", cl::desc("architecture"), cl::init("sm_80"));
 static cl::opt<std::string> tiles("tiles", cl::desc("gpu_tiles of both matmuls, as text"));
 
 [[noreturn]] static void die(const Twine &message) {
@@ -157,6 +158,41 @@ static void mutate(ModuleOp module) {
       OpBuilder b(op);
       if (kind == "drop-barrier" && isa<NVVM::BarrierOp>(op) && here()) {
         op->erase();
+      } else if (kind == "drop-mbarrier-wait" && isa<NVVM::MBarrierTryWaitParityOp>(op) && here()) {
+        op->erase();
+      } else if (kind == "flip-phase" && isa<NVVM::MBarrierTryWaitParityOp>(op) && here()) {
+        Value one = LLVM::ConstantOp::create(b, op->getLoc(), b.getI32Type(), 1);
+        op->setOperand(1, LLVM::XOrOp::create(b, op->getLoc(), op->getOperand(1), one));
+      } else if (kind == "more-bytes" && isa<NVVM::MBarrierArriveExpectTxOp>(op) && here()) {
+        Value more = LLVM::ConstantOp::create(b, op->getLoc(), b.getI32Type(), 128);
+        op->setOperand(1, LLVM::AddOp::create(b, op->getLoc(), op->getOperand(1), more));
+      } else if (kind == "drop-arrive" && isa<NVVM::MBarrierArriveOp>(op) && here()) {
+        op->erase();
+      } else if (kind == "drop-proxy-fence" && isa<NVVM::FenceProxyOp>(op) && here()) {
+        op->erase();
+      } else if (kind == "drop-init-fence" && isa<NVVM::FenceMbarrierInitOp>(op) && here()) {
+        op->erase();
+      } else if (kind == "drop-wgmma-fence" && isa<NVVM::WgmmaFenceAlignedOp>(op) && here()) {
+        op->erase();
+      } else if (kind == "late-wgmma-wait" && isa<NVVM::WgmmaWaitGroupSyncOp>(op) && here()) {
+        auto wait = cast<NVVM::WgmmaWaitGroupSyncOp>(op);
+        wait.setGroup(wait.getGroup() + 1);
+      } else if (kind == "box-place" && isa<NVVM::CpAsyncBulkTensorGlobalToSharedClusterOp>(op) &&
+                 here()) {
+        // One row of the panels further.
+        Value one = LLVM::ConstantOp::create(b, op->getLoc(), b.getI32Type(), 1);
+        op->setOperand(3, LLVM::AddOp::create(b, op->getLoc(), op->getOperand(3), one));
+      } else if (kind == "swap-left" && isa<LLVM::InlineAsmOp>(op) && op->getNumOperands() > 8 &&
+                 op->getOperand(4).getType().isInteger(64) && here()) {
+        Value first = op->getOperand(1);
+        op->setOperand(1, op->getOperand(2));
+        op->setOperand(2, first);
+      } else if (kind == "descriptor" && isa<LLVM::InlineAsmOp>(op) && op->getNumOperands() > 8 &&
+                 op->getOperand(4).getType().isInteger(64) && here()) {
+        // The swizzle of 64 bytes instead of 128.
+        Value other = LLVM::ConstantOp::create(b, op->getLoc(), b.getI64Type(),
+                                               b.getI64IntegerAttr(int64_t(uint64_t(3) << 62)));
+        op->setOperand(4, LLVM::XOrOp::create(b, op->getLoc(), op->getOperand(4), other));
       } else if (kind == "drop-wait" && isa<NVVM::CpAsyncWaitGroupOp>(op) && here()) {
         op->erase();
       } else if (kind == "late-wait" && isa<NVVM::CpAsyncWaitGroupOp>(op) && here()) {
@@ -232,6 +268,12 @@ static void launchKernel(void *self, const moec_gpu_launch *launch) {
   run->machine->launch(kernel, *launch);
 }
 
+static void makeMap(void *, const moec_gpu_map *view, void *map) {
+  std::string error = simt::encodeTensorMap(*view, map);
+  if (!error.empty())
+    die(error);
+}
+
 /// Rows with padding between them, at an address that is misaligned on purpose.
 struct Rows {
   std::vector<uint8_t> bytes;
@@ -268,6 +310,8 @@ static int runCase(SimtCode &code, const Signature &signature, bool given, Strin
   simt::Options options;
   StringRef order = orderName;
   options.earlyCopies = earlyCopies;
+  if (gpuName == "sm_90a")
+    options.maxShared = 232448;
   if (order == "reverse")
     options.order = simt::Order::Reverse;
   else if (order.consume_front("shuffled:") && !order.getAsInteger(10, options.seed))
@@ -363,7 +407,7 @@ static int runCase(SimtCode &code, const Signature &signature, bool given, Strin
   machine.addRegion(base, workspaceBytes, "workspace", false, false);
 
   Run run{&code, &machine};
-  moec_gpu_launcher launcher{&run, launchKernel};
+  moec_gpu_launcher launcher{&run, launchKernel, makeMap};
   frame.launcher = &launcher;
   find<void(moec_frame *, int32_t, int32_t)>(code, functionName + std::string("_stage0"))(&frame, 0,
                                                                                           1);
@@ -383,7 +427,8 @@ static int runCase(SimtCode &code, const Signature &signature, bool given, Strin
   const simt::Statistics &s = machine.statistics();
   llvm::outs() << text << " launches " << s.launches << " blocks " << s.blocks << " barriers "
                << s.barriers << " collectives " << s.collectives << " copies " << s.copies
-               << " products " << s.products << "\n";
+               << " products " << s.products << " boxes " << s.boxes << " wgmmas " << s.wgmmas
+               << "\n";
   return 0;
 }
 
@@ -410,7 +455,8 @@ int main(int argc, char **argv) {
               "canonicalize,cse,func.func(moe-decompose-experts),canonicalize,cse,"
               "func.func(moe-fuse-router-dispatch),func.func(moe-fuse-gather),"
               "func.func(moe-fuse-activation),func.func(moe-fuse-combine),canonicalize,cse,"
-              "moe-gpu-attach-target");
+              "moe-gpu-attach-target{arch=" +
+                  gpuName + "}");
   if (!tiles.empty()) {
     Attribute attr = parseAttribute(tiles, &context);
     if (!attr)

@@ -15,6 +15,11 @@ def MoE_GPURaster : MoE_I32Enum<"GPURaster", "which tiles of one expert run next
   I32EnumAttrCase<"Columns", 1, "columns">,
 ]>;
 
+def MoE_GPUUnit : MoE_I32Enum<"GPUUnit", "the instruction that multiplies", [
+  I32EnumAttrCase<"Mma", 0, "mma">,
+  I32EnumAttrCase<"Wgmma", 1, "wgmma">,
+]>;
+
 def MoE_GPUTileAttr : MoE_Attr<"GPUTile", "gpu_tile"> {
   let summary = "how thread blocks cover a grouped matmul on a GPU";
   let description = [{
@@ -31,6 +36,11 @@ def MoE_GPUTileAttr : MoE_Attr<"GPUTile", "gpu_tile"> {
     ring and the result tile fit 160 KiB of shared memory; (C7) accumulators and operands fit 255
     registers a thread and 65536 a block; (C8) up_to is not negative.
 
+    With `unit = wgmma` (sm_90a) two warpgroups multiply 64 columns each and a third fills the ring;
+    blocks are persistent. Then (C9) cols is 128, k is 64 and warps are 8 × 1; rows is a multiple of
+    8 up to 256; the ring, the result and the barriers fit 227 KiB. All tiles of one matmul have the
+    same unit (checked where kernels are emitted): units round sums differently.
+
     Example:
 
     ```mlir
@@ -41,11 +51,20 @@ def MoE_GPUTileAttr : MoE_Attr<"GPUTile", "gpu_tile"> {
     "int64_t":$cols, "int64_t":$rows, "int64_t":$k, "int64_t":$stages,
     "int64_t":$warps_cols, "int64_t":$warps_rows,
     DefaultValuedParameter<"GPURaster", "GPURaster::Rows">:$raster,
-    DefaultValuedParameter<"int64_t", "0">:$up_to);
+    DefaultValuedParameter<"int64_t", "0">:$up_to,
+    DefaultValuedParameter<"GPUUnit", "GPUUnit::Mma">:$unit);
+  let builders = [AttrBuilder<(ins "int64_t":$cols, "int64_t":$rows, "int64_t":$k,
+      "int64_t":$stages, "int64_t":$warpsCols, "int64_t":$warpsRows, "GPURaster":$raster,
+      "int64_t":$upTo), [{
+    return $_get($_ctxt, cols, rows, k, stages, warpsCols, warpsRows, raster, upTo, GPUUnit::Mma);
+  }]>];
   let assemblyFormat = "`<` struct(params) `>`";
   let genVerifyDecl = 1;
   let extraClassDeclaration = [{
-    int64_t getThreads() const { return 32 * getWarpsCols() * getWarpsRows(); }
+    bool isWgmma() const { return getUnit() == GPUUnit::Wgmma; }
+    int64_t getThreads() const {
+      return 32 * (getWarpsCols() * getWarpsRows() + (isWgmma() ? 4 : 0));
+    }
     /// Tensor core tiles of one warp: 16 columns by 8 rows each.
     int64_t getColTiles() const { return getCols() / (16 * getWarpsCols()); }
     int64_t getRowTiles() const { return getRows() / (8 * getWarpsRows()); }
@@ -53,7 +72,16 @@ def MoE_GPUTileAttr : MoE_Attr<"GPUTile", "gpu_tile"> {
     int64_t getWeightBytes() const { return getCols() * getK() * 2; }
     int64_t getRowBytes() const { return getRows() * getK() * 2; }
     /// Bytes between the rows of the result tile: padded, so that banks differ.
-    int64_t getResultPitch(int64_t parts) const { return (getCols() / parts + 8) * 2; }
+    int64_t getResultPitch(int64_t parts) const {
+      return (getCols() / (isWgmma() ? 2 : 1) / parts + 8) * 2;
+    }
+    /// Of wgmma: where two pieces of the result and the barriers of the ring are in shared memory.
+    int64_t getResultOffset() const { return getStages() * (getWeightBytes() + getRowBytes()); }
+    int64_t getBarrierOffset() const;
+    /// Of wgmma: registers at the start, and whether they then go from those that fill the ring to
+    /// those that multiply.
+    static constexpr int64_t kStartRegisters = 168, kFillRegisters = 72, kMultiplyRegisters = 216;
+    bool movesRegisters() const { return isWgmma() && getRows() > 128; }
     /// Dynamic shared memory of a block.
     int64_t getSharedBytes() const;
     /// Registers that a thread needs at least: accumulators, operands, addresses.
