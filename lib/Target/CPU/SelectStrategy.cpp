@@ -8,10 +8,9 @@
 #include "moe/Dialect/MoE/IR/MoEOps.h"
 #include "moe/Target/CPU/Level.h"
 #include "moe/Target/CPU/Passes.h"
+#include "moe/Target/StrategyOverrides.h"
 
 #include "mlir/Dialect/Func/IR/FuncOps.h"
-#include "llvm/ADT/StringSet.h"
-#include "llvm/Support/JSON.h"
 #include "llvm/Support/MemoryBuffer.h"
 
 namespace mlir::moe {
@@ -38,32 +37,16 @@ struct SelectStrategyPass : public mlir::moe::impl::MoESelectStrategyBase<Select
   void runOnOperation() override;
 
 private:
-  LogicalResult readOverrides(llvm::json::Value &result);
-  LogicalResult override(Operation *op, StringRef function, StringRef name, Fields &fields);
+  LogicalResult readOverrides();
   LogicalResult apply(Operation *op, const llvm::json::Object &changes, Fields &fields);
   LogicalResult select(func::FuncOp func, const CPULevel &level);
   FailureOr<StrategyAttr> build(Operation *op, const CPULevel &level, const Fields &fields,
                                 RowSource source, ResultForm result);
 
-  llvm::json::Value changes = nullptr;
-  llvm::StringSet<> usedKeys;
+  StrategyOverrides changes;
 };
 
 } // namespace
-
-/// `*` stands for any characters.
-static bool matches(StringRef pattern, StringRef text) {
-  size_t star = pattern.find('*');
-  if (star == StringRef::npos)
-    return pattern == text;
-  if (!text.consume_front(pattern.take_front(star)))
-    return false;
-  StringRef rest = pattern.drop_front(star + 1);
-  for (size_t i = 0; i <= text.size(); ++i)
-    if (matches(rest, text.drop_front(i)))
-      return true;
-  return false;
-}
 
 /// The order that needs fewer registers: with fewer rows than vectors, rows are broadcast first.
 static KernelOrder bestOrder(int64_t rows, int64_t vectors) {
@@ -126,30 +109,14 @@ static Fields defaults(const CPULevel &level, WeightType weight, bool combine,
   return fields;
 }
 
-LogicalResult SelectStrategyPass::readOverrides(llvm::json::Value &result) {
-  std::string text = overrides;
-  if (!overridesFile.empty()) {
-    auto file = llvm::MemoryBuffer::getFile(overridesFile, /*IsText=*/true);
-    if (!file)
-      return getOperation().emitError("expected a readable strategy file `")
-             << overridesFile << "`, but got: " << file.getError().message();
-    text = (*file)->getBuffer().str();
-  }
-  text = StringRef(text).trim().str();
-  if (text.empty())
-    return success();
-  // The reader of pass options takes one pair of braces off `overrides={...}`.
-  if (text.front() != '{')
-    text = "{" + text + "}";
-  auto parsed = llvm::json::parse(text);
-  if (!parsed)
-    return getOperation().emitError("expected strategy overrides as JSON, but got: ")
-           << llvm::toString(parsed.takeError());
-  if (!parsed->getAsObject())
-    return getOperation().emitError(
-        "expected strategy overrides as a JSON object of functions, but got another value");
-  result = std::move(*parsed);
-  return success();
+LogicalResult SelectStrategyPass::readOverrides() {
+  if (overridesFile.empty())
+    return changes.read(getOperation(), overrides);
+  auto file = llvm::MemoryBuffer::getFile(overridesFile, /*IsText=*/true);
+  if (!file)
+    return getOperation().emitError("expected a readable strategy file `")
+           << overridesFile << "`, but got: " << file.getError().message();
+  return changes.read(getOperation(), (*file)->getBuffer());
 }
 
 LogicalResult SelectStrategyPass::apply(Operation *op, const llvm::json::Object &changes,
@@ -183,43 +150,6 @@ LogicalResult SelectStrategyPass::apply(Operation *op, const llvm::json::Object 
       return op->emitOpError("expected strategy field `")
              << name << "` to be an integer, but got another value";
     *field = *number;
-  }
-  return success();
-}
-
-LogicalResult SelectStrategyPass::override(Operation *op, StringRef function, StringRef name,
-                                           Fields &fields) {
-  const llvm::json::Object *functions = changes.getAsObject();
-  if (!functions)
-    return success();
-  // JSON objects have no order here: patterns apply first, from the shortest, then the exact name.
-  auto ordered = [&](const llvm::json::Object &object, StringRef text) {
-    SmallVector<std::pair<StringRef, const llvm::json::Value *>> found;
-    for (const auto &[key, value] : object)
-      if (matches(StringRef(key), text))
-        found.push_back({StringRef(key), &value});
-    llvm::sort(found, [](auto &a, auto &b) {
-      auto rank = [](StringRef key) {
-        return std::make_tuple(!key.contains('*'), key.size(), key);
-      };
-      return rank(a.first) < rank(b.first);
-    });
-    return found;
-  };
-  for (auto [functionKey, ops] : ordered(*functions, function)) {
-    const llvm::json::Object *object = ops->getAsObject();
-    if (!object)
-      return op->emitOpError("expected strategy overrides of `")
-             << functionKey << "` as a JSON object, but got another value";
-    for (auto [opKey, fieldsValue] : ordered(*object, name)) {
-      const llvm::json::Object *change = fieldsValue->getAsObject();
-      if (!change)
-        return op->emitOpError("expected strategy overrides of `")
-               << opKey << "` as a JSON object, but got another value";
-      usedKeys.insert((functionKey + "/" + opKey).str());
-      if (failed(apply(op, *change, fields)))
-        return failure();
-    }
   }
   return success();
 }
@@ -265,7 +195,9 @@ LogicalResult SelectStrategyPass::select(func::FuncOp func, const CPULevel &leve
         fields.panels = before.getUkernel().getPanels();
         fields.panelsPerTask = before.getPanelsPerTask();
       }
-      if (failed(override(op, function, name.str(), fields)))
+      if (failed(changes.visit(op, function, name.str(), [&](const llvm::json::Object &change) {
+            return apply(op, change, fields);
+          })))
         return failure();
       if (shared != groups.end()) {
         auto [chunkRows, blockRows] = shared->second;
@@ -334,9 +266,7 @@ LogicalResult SelectStrategyPass::select(func::FuncOp func, const CPULevel &leve
 }
 
 void SelectStrategyPass::runOnOperation() {
-  changes = nullptr;
-  usedKeys.clear();
-  if (failed(readOverrides(changes)))
+  if (failed(readOverrides()))
     return signalPassFailure();
   for (auto func : getOperation().getOps<func::FuncOp>()) {
     auto target = func->getAttrOfType<TargetAttr>(MoEDialect::kTargetAttrName);
@@ -351,14 +281,6 @@ void SelectStrategyPass::runOnOperation() {
     if (failed(select(func, *level)))
       return signalPassFailure();
   }
-  // An override that matches nothing is a slip of the pen.
-  if (const llvm::json::Object *functions = changes.getAsObject())
-    for (const auto &[functionKey, ops] : *functions)
-      if (const llvm::json::Object *object = ops.getAsObject())
-        for (const auto &[opKey, value] : *object)
-          if (!usedKeys.contains((StringRef(functionKey) + "/" + StringRef(opKey)).str())) {
-            getOperation().emitError("expected strategy overrides to name a matmul, but got `")
-                << StringRef(functionKey) << "` / `" << StringRef(opKey) << "`, which matches none";
-            return signalPassFailure();
-          }
+  if (failed(changes.checkAllUsed(getOperation())))
+    signalPassFailure();
 }

@@ -24,8 +24,7 @@
 //
 //===----------------------------------------------------------------------===//
 
-#include "GPUBuilder.h"
-#include "Kernels.h"
+#include "TileSearch.h"
 
 using namespace mlir;
 using namespace mlir::moe;
@@ -74,57 +73,15 @@ private:
 
 } // namespace
 
-/// The tile of block b: experts have ceil(rows / tile rows) · column blocks tiles each. Blocks
-/// beyond the last tile do nothing: how many there are is known on the device alone.
+/// Block b has tile b. Blocks beyond the last tile do nothing.
 void GemmEmitter::findTile(function_ref<void()> body) {
-  int64_t E = spec.weight.getExperts(), colBlocks = spec.colBlocks();
-  Value block = g.blockX(), offsets = args[3];
-  // (next expert, tiles before it, found, expert, its tiles' first, its row tiles)
-  SmallVector<Value> init = {g.c(0), g.c(0), g.bit(false), g.c(0), g.c(0), g.c(0)};
-  auto state = g.whileLoop(
-      init, [&](ValueRange s) { return g.andi(g.less(s[0], E), g.xori(s[2], g.bit(true))); },
-      [&](ValueRange s) -> SmallVector<Value> {
-        Value e = g.add(s[0], lane);
-        auto rows = scf::IfOp::create(g.b, g.loc, g.i32(), g.less(e, E), /*withElse=*/true);
-        {
-          OpBuilder::InsertionGuard guard(g.b);
-          g.b.setInsertionPointToStart(rows.thenBlock());
-          Value begin = g.loadI32(g.element(offsets, e, 4));
-          Value end = g.loadI32(g.element(offsets, g.add(e, 1), 4));
-          scf::YieldOp::create(g.b, g.loc, g.sub(end, begin));
-          g.b.setInsertionPointToStart(rows.elseBlock());
-          scf::YieldOp::create(g.b, g.loc, g.c(0));
-        }
-        Value rowTiles = g.div(g.add(rows.getResult(0), tile.getRows() - 1), tile.getRows());
-        Value tiles = g.mul(rowTiles, colBlocks), sum = tiles;
-        for (int64_t distance = 1; distance < 32; distance *= 2) {
-          Value other = g.shuffle(NVVM::ShflKind::up, sum, g.c(distance));
-          sum = g.add(sum, g.select(g.less(lane, distance), g.c(0), other));
-        }
-        // The first lane whose tiles reach beyond this block.
-        Value end = g.add(s[1], sum);
-        Value votes = g.ballot(g.less(block, end));
-        Value found = g.icmp(arith::CmpIPredicate::ne, votes, g.c(0));
-        Value first = LLVM::CountTrailingZerosOp::create(g.b, g.loc, g.i32(), votes, false);
-        auto from = [&](Value v) { return g.shuffle(NVVM::ShflKind::idx, v, g.andi(first, 31)); };
-        Value total = g.shuffle(NVVM::ShflKind::idx, end, g.c(31));
-        return {g.add(s[0], 32),         total,         found, g.add(s[0], first),
-                from(g.sub(end, tiles)), from(rowTiles)};
-      });
-  g.ifThen(state[2], [&] {
-    expert = state[3];
-    Value local = g.sub(block, state[4]), rowTile;
-    if (tile.getRaster() == GPURaster::Rows) {
-      colBlock = g.div(local, state[5]);
-      rowTile = g.rem(local, state[5]);
-    } else {
-      rowTile = g.div(local, colBlocks);
-      colBlock = g.rem(local, colBlocks);
-    }
-    Value begin = g.loadI32(g.element(offsets, expert, 4));
-    Value end = g.loadI32(g.element(offsets, g.add(expert, 1), 4));
-    firstRow = g.add(begin, g.mul(rowTile, tile.getRows()));
-    rowCount = g.min(g.c(tile.getRows()), g.sub(end, firstRow));
+  TileSearch search(g, spec, args[3], lane);
+  TileSearch::Found found = search.find(g.blockX(), g.c(0), g.c(0));
+  g.ifThen(found.found, [&] {
+    expert = found.expert;
+    auto [column, row, count] =
+        search.place(g.blockX(), found.expert, found.before, found.rowTiles);
+    colBlock = column, firstRow = row, rowCount = count;
     body();
   });
 }

@@ -28,8 +28,7 @@
 //
 //===----------------------------------------------------------------------===//
 
-#include "GPUBuilder.h"
-#include "Kernels.h"
+#include "TileSearch.h"
 #include "WgmmaAsm.h"
 
 using namespace mlir;
@@ -105,12 +104,10 @@ private:
 
 } // namespace
 
-/// Calls `body` for every tile of this block: tile b, b + blocks, ... Experts have ceil(rows / tile
-/// rows) · column blocks tiles each; how many there are is known on the device alone. Experts are
-/// looked for from those of the tile before on.
+/// Calls `body` for every tile of this block: tile b, b + blocks, ... Experts are looked for from
+/// those of the tile before on.
 WgmmaEmitter::State WgmmaEmitter::forTiles(State init, function_ref<State(ValueRange)> body) {
-  int64_t E = spec.weight.getExperts(), colBlocks = spec.colBlocks();
-  Value offsets = args[3];
+  TileSearch search(g, spec, args[3], lane);
   Value blocks = NVVM::GridDimXOp::create(g.b, g.loc, g.i32());
   // (tile, first expert to look at, tiles before it, of the role)
   State start = {g.blockX(), g.c(0), g.c(0)};
@@ -120,60 +117,16 @@ WgmmaEmitter::State WgmmaEmitter::forTiles(State init, function_ref<State(ValueR
   SmallVector<Type> inner(6, g.i32());
   inner.append(types.begin() + 3, types.end());
   auto before = [&](OpBuilder &, Location, ValueRange state) {
-    // (next expert, tiles before it, found, expert, its tiles' first, its row tiles)
-    SmallVector<Value> none = {state[1], state[2], g.bit(false), g.c(0), g.c(0), g.c(0)};
-    auto found = g.whileLoop(
-        none, [&](ValueRange s) { return g.andi(g.less(s[0], E), g.xori(s[2], g.bit(true))); },
-        [&](ValueRange s) -> SmallVector<Value> {
-          Value e = g.add(s[0], lane);
-          auto count = scf::IfOp::create(g.b, g.loc, g.i32(), g.less(e, E), /*withElse=*/true);
-          {
-            OpBuilder::InsertionGuard guard(g.b);
-            g.b.setInsertionPointToStart(count.thenBlock());
-            Value begin = g.loadI32(g.element(offsets, e, 4));
-            Value end = g.loadI32(g.element(offsets, g.add(e, 1), 4));
-            scf::YieldOp::create(g.b, g.loc, g.sub(end, begin));
-            g.b.setInsertionPointToStart(count.elseBlock());
-            scf::YieldOp::create(g.b, g.loc, g.c(0));
-          }
-          Value rowTiles = g.div(g.add(count.getResult(0), rows() - 1), rows());
-          Value tiles = g.mul(rowTiles, colBlocks), sum = tiles;
-          for (int64_t distance = 1; distance < 32; distance *= 2) {
-            Value other = g.shuffle(NVVM::ShflKind::up, sum, g.c(distance));
-            sum = g.add(sum, g.select(g.less(lane, distance), g.c(0), other));
-          }
-          Value end = g.add(s[1], sum);
-          Value votes = g.ballot(g.less(state[0], end));
-          Value hit = g.icmp(arith::CmpIPredicate::ne, votes, g.c(0));
-          Value first = LLVM::CountTrailingZerosOp::create(g.b, g.loc, g.i32(), votes, false);
-          auto from = [&](Value v) { return g.shuffle(NVVM::ShflKind::idx, v, g.andi(first, 31)); };
-          Value total = g.shuffle(NVVM::ShflKind::idx, end, g.c(31));
-          // The next tile may be of the same 32 experts.
-          return {g.select(hit, s[0], g.add(s[0], 32)),
-                  g.select(hit, s[1], total),
-                  hit,
-                  g.add(s[0], first),
-                  from(g.sub(end, tiles)),
-                  from(rowTiles)};
-        });
-    SmallVector<Value> forward = {state[0], found[0], found[1], found[3], found[4], found[5]};
+    TileSearch::Found found = search.find(state[0], state[1], state[2]);
+    SmallVector<Value> forward = {state[0],     found.next,   found.nextBefore,
+                                  found.expert, found.before, found.rowTiles};
     forward.append(state.begin() + 3, state.end());
-    scf::ConditionOp::create(g.b, g.loc, found[2], forward);
+    scf::ConditionOp::create(g.b, g.loc, found.found, forward);
   };
   auto after = [&](OpBuilder &, Location, ValueRange state) {
     expert = state[3];
-    Value local = g.sub(state[0], state[4]), rowTile;
-    if (tile.getRaster() == GPURaster::Rows) {
-      colBlock = g.div(local, state[5]);
-      rowTile = g.rem(local, state[5]);
-    } else {
-      rowTile = g.div(local, colBlocks);
-      colBlock = g.rem(local, colBlocks);
-    }
-    Value begin = g.loadI32(g.element(offsets, expert, 4));
-    Value end = g.loadI32(g.element(offsets, g.add(expert, 1), 4));
-    firstRow = g.add(begin, g.mul(rowTile, rows()));
-    rowCount = g.min(g.c(rows()), g.sub(end, firstRow));
+    auto [column, row, count] = search.place(state[0], state[3], state[4], state[5]);
+    colBlock = column, firstRow = row, rowCount = count;
     SmallVector<Value> next = {g.add(state[0], blocks), state[1], state[2]};
     next.append(body(state.drop_front(6)));
     scf::YieldOp::create(g.b, g.loc, next);
