@@ -5,9 +5,10 @@
 //
 //===----------------------------------------------------------------------===//
 //
-// BenchModel.cpp makes what is measured (code, weights, banks), BenchRun.cpp
-// measures one test on a CPU and BenchGPU.cpp on a GPU, BenchTable.cpp prints
-// rows, BenchCommand.cpp is the command.
+// BenchModel.cpp makes what is measured (weights, banks) of the code that
+// BenchCode.cpp compiles, BenchRun.cpp measures one test on a CPU and
+// BenchGPU.cpp on a GPU, BenchTable.cpp prints rows, BenchCommand.cpp is the
+// command.
 //
 //===----------------------------------------------------------------------===//
 
@@ -105,6 +106,16 @@ struct BenchModel {
   std::vector<std::pair<Subject, std::optional<Subject>>> subjects; ///< and its dense FFN
   std::vector<std::string> notes;
 };
+/// Compiles `spec` for one CPU level, or for a GPU if it is one's name, into `folder` (library and
+/// manifest, no weights).
+llvm::Error compileInto(const ModelSpec &spec, const std::string &level, bool gpu,
+                        const std::string &folder, const std::string &scratch);
+/// The best level that this build makes and this machine runs, up to `cap`.
+llvm::Expected<std::string> chooseLevel(const std::string &cap);
+/// The dense FFN that multiplies as many weights for a token as the layer's experts do. Nothing
+/// for a layer that is dense.
+llvm::Expected<std::optional<LayerSpec>> denseTwin(const LayerSpec &layer);
+
 llvm::Expected<BenchModel> prepareBench(const BenchSetup &setup, moec_executor *pool,
                                         StageClock *clock);
 

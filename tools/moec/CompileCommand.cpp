@@ -17,7 +17,6 @@
 #include "moe/Export/Ptxas.h"
 
 #include "llvm/Support/FileSystem.h"
-#include "llvm/Support/Path.h"
 #include "llvm/Support/raw_ostream.h"
 
 #include <cerrno>
@@ -245,65 +244,6 @@ static llvm::Expected<Request> understand() {
 }
 
 //===----------------------------------------------------------------------===//
-// The plan
-//===----------------------------------------------------------------------===//
-
-static const char *formatText(const LayerSpec &layer) {
-  return layer.format == Format::F32 ? "f32" : "bf16";
-}
-
-static std::string planText(const ModelSpec &spec, const Request &request, bool packs,
-                            uint64_t tensors) {
-  std::vector<std::vector<std::string>> rows = {
-      {"layers", "kind", "H", "F", "E", "K", "weights", "parameters", "active", "packed"}};
-  uint64_t packed = 0;
-  std::vector<std::string> codes;
-  for (size_t i = 0; i < spec.layers.size();) {
-    const LayerSpec &layer = spec.layers[i];
-    std::string text = canonicalText(semantics(layer));
-    if (!llvm::is_contained(codes, text))
-      codes.push_back(text);
-    size_t j = i;
-    uint64_t bytes = 0;
-    while (j < spec.layers.size() && canonicalText(semantics(spec.layers[j])) == text)
-      bytes += packedFileBytes(spec.layers[j++]);
-    packed += bytes;
-    uint64_t count = j - i;
-    std::string range = std::to_string(layer.index);
-    if (count > 1)
-      range += "-" + std::to_string(spec.layers[j - 1].index);
-    rows.push_back({range, name(layer.kind).str(), std::to_string(layer.H), std::to_string(layer.F),
-                    std::to_string(layer.E), std::to_string(layer.K), formatText(layer),
-                    countText(layer.totalParameters() * count),
-                    countText(layer.activeParameters() * count), sizeText(bytes)});
-    i = j;
-  }
-  std::string out = tableText(rows);
-  llvm::raw_string_ostream os(out);
-  // The rates are those of a slow core and a plain disk: the plan should not be too rosy.
-  uint64_t parts = codes.size() * request.pipeline.levels.size();
-  PackPlan plan(spec.layers, request.threads);
-  double compileSeconds = 1 + 1.0 * parts;
-  double packSeconds = packs ? packed / std::min(0.6e9 * plan.workers, 1.5e9) : 0;
-  // As measured: the process with LLVM in it, the code of one layer at one level, and what is kept
-  // of a tensor's name and place. Code is finished before packing begins, but not given back.
-  uint64_t memory = 140'000'000 + 12'000'000 * parts + 800 * tensors + (packs ? plan.memory : 0);
-  os << "\ncode     " << codes.size() << " distinct layer" << (codes.size() == 1 ? "" : "s")
-     << " for " << request.pipeline.levels.size() << " CPU level"
-     << (request.pipeline.levels.size() == 1 ? "" : "s") << ", less than 4 MB\nweights  "
-     << (packs ? sizeText(packed) + " packed" : std::string("none")) << "\ntime     about "
-     << timeText(std::max(1.0, compileSeconds + packSeconds)) << "\nmemory   about "
-     << sizeText(memory) << "\n";
-  if (packs) {
-    llvm::StringRef parent = llvm::sys::path::parent_path(output);
-    if (auto room = freeSpace(parent.empty() ? llvm::StringRef(".") : parent))
-      os << "disk     " << sizeText(*room) << " free" << (*room < packed ? ": NOT ENOUGH" : "")
-         << "\n";
-  }
-  return out;
-}
-
-//===----------------------------------------------------------------------===//
 // The work, in the child
 //===----------------------------------------------------------------------===//
 
@@ -401,7 +341,8 @@ static llvm::Error work(Request request) {
   bool packs =
       request.makesFolder() && (checkpoint || request.weights.kind == WeightsChoice::Random);
   if (dryRunOption) {
-    llvm::outs() << planText(spec, request, packs, checkpoint ? checkpoint->size() : 0);
+    llvm::outs() << planText(spec, request.pipeline, request.threads, packs,
+                             checkpoint ? checkpoint->size() : 0, output);
     return llvm::Error::success();
   }
   if (!request.isMLIR)

@@ -22,6 +22,11 @@
 #include <string>
 #include <vector>
 
+namespace mlir::moe {
+struct Phase;
+struct PipelineOptions;
+} // namespace mlir::moe
+
 namespace moec::tool {
 
 /// What the options say about the pipeline.
@@ -47,8 +52,19 @@ llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text,
 /// --gpu: names of architectures, by rising number.
 llvm::Expected<std::vector<std::string>> parseGPUs(llvm::StringRef text);
 
+/// The last phase that leaves IR behind: `export` is past all of it.
+const mlir::moe::Phase *lastIRPhase();
+
+/// The same as the pipeline takes it, with the schedule of `strategyFile`.
+llvm::Expected<mlir::moe::PipelineOptions> pipelineOptions(const PipelineChoice &choice);
+
 /// The `moe-opt` command of every phase.
 llvm::Expected<std::string> pipelineText(const PipelineChoice &choice);
+
+/// What --dry-run prints: layers, sizes, time, memory and disk of a compilation into `output`.
+/// `tensors`: how many the checkpoint has.
+std::string planText(const ModelSpec &spec, const PipelineChoice &pipeline, unsigned threads,
+                     bool packs, uint64_t tensors, llvm::StringRef output);
 
 /// A module and its way through the phases.
 class ModuleCompiler {
