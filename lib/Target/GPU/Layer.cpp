@@ -73,6 +73,13 @@ LogicalResult Layer::checkRouter() {
   return success();
 }
 
+bool mlir::moe::isGate(GroupedMatmulOp op) {
+  WeightType weight = op.getWeightType();
+  return weight.getExperts() == 1 && weight.getRows() == 1 && weight.getParts() == 1 &&
+         !op.hasCombine() && !op.getBias() &&
+         cast<ShapedType>(op.getOut().getType()).getElementType().isF32();
+}
+
 /// The clauses of a matmul that are operands.
 static int64_t countOperands(GroupedMatmulOp op) {
   return 3 + (op.getViaPair() ? 2 : 0) + (op.getRowWeights() ? 1 : 0) + (op.getBias() ? 1 : 0) +
@@ -121,9 +128,7 @@ LogicalResult Layer::readMatmul(GroupedMatmulOp op) {
            << rows << "; run moe-gpu-attach-target";
   if (weight.getLayout().getLayoutName() != "panel32-1")
     return op.emitOpError("expected a weight in layout panel32, but got ") << weight;
-  // One number for each token: the gate of a shared expert.
-  if (inGroup && !op.hasCombine() && weight.getRows() == 1 && weight.getParts() == 1 &&
-      cast<ShapedType>(op.getOut().getType()).getElementType().isF32() && !op.getBias()) {
+  if (inGroup && isGate(op)) {
     if (gate)
       return op.emitOpError("expected one gate, but got a second");
     gate = op;

@@ -21,6 +21,10 @@ inline constexpr llvm::StringLiteral kGPUTilesAttrName = "gpu_tiles";
 /// or "atomic".
 inline constexpr llvm::StringLiteral kGPUCombineAttrName = "gpu_combine";
 
+/// Whether a matmul is the gate of a shared expert: one number for each token, a kernel of its own
+/// without tiles.
+bool isGate(GroupedMatmulOp op);
+
 /// A bufferized, fused entry, understood as a whole. Everything in it has GPU code, or `read`
 /// fails and says what does not.
 struct Layer {

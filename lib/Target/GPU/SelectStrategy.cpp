@@ -200,9 +200,11 @@ struct SelectStrategyPass : public mlir::moe::impl::MoEGPUSelectStrategyBase<Sel
         return signalPassFailure();
       unsigned number = 0;
       WalkResult walk = func.walk([&](GroupedMatmulOp op) {
+        std::string name = "grouped_matmul." + std::to_string(number++);
+        if (isGate(op))
+          return WalkResult::advance();
         if (!op->hasAttr(kGPUTilesAttrName))
           op->setAttr(kGPUTilesAttrName, chooseTiles(*arch, op.getWeightType()));
-        std::string name = "grouped_matmul." + std::to_string(number++);
         return WalkResult(
             changes.visit(op, func.getSymName(), name, [&](const llvm::json::Object &change) {
               return applyChange(op, change);

@@ -24,3 +24,17 @@ func.func @f(%h: tensor<?x1024xf32>, %off: tensor<9xi32>, %r0: tensor<?x2048xbf1
       outs(%r0 : tensor<?x2048xbf16>) -> tensor<?x2048xbf16>
   return %r : tensor<?x2048xbf16>
 }
+
+// The gate of a shared expert is a kernel of rows: there are no tiles to choose.
+// CHECK-LABEL: func.func @gate
+// CHECK: moe.grouped_matmul
+// CHECK-NOT: gpu_tiles
+// CHECK: return
+func.func @gate(%h: tensor<?x1024xbf16>, %off: tensor<2xi32>, %r0: tensor<?x1xf32>,
+    %w: !moe.weight<1x1x1x1024xbf16, panel32>) -> tensor<?x1xf32>
+    attributes {moe.entry = "forward", moe.compute = bf16} {
+  %r = moe.grouped_matmul rows(%h : tensor<?x1024xbf16>) groups(%off : tensor<2xi32>)
+      weights(%w : !moe.weight<1x1x1x1024xbf16, panel32>)
+      outs(%r0 : tensor<?x1xf32>) -> tensor<?x1xf32>
+  return %r : tensor<?x1xf32>
+}

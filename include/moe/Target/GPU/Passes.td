@@ -30,7 +30,8 @@ def MoEGPUSelectStrategy : Pass<"moe-gpu-select-strategy", "::mlir::ModuleOp"> {
   let description = [{
     Writes `gpu_tiles = [#moe.gpu_tile<...>, ...]` on every `moe.grouped_matmul` of functions with
     a `cuda` target: for each range of T·K the tile that the cost model finds fastest, by rising
-    `up_to`, the last without a limit. A matmul that has `gpu_tiles` keeps them. Deterministic.
+    `up_to`, the last without a limit. A matmul that has `gpu_tiles` keeps them. The gate of a shared
+    expert has none: its kernel is one of rows, without tiles. Deterministic.
     `overrides` is JSON, the `strategy` section of a manifest: functions, of matmuls, of
     `gpu_tiles` (a list of attributes as text) and `gpu_combine` (`ordered` or `atomic`).
   }];
