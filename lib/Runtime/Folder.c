@@ -35,7 +35,9 @@ static bool link_allowed(int folder, int fd) {
     return false;
   if (inside(path, root, strlen(root)))
     return true;
-  char *snapshots = strstr(root, "/snapshots/");
+  char *snapshots = NULL; /* the last, as the cache may itself be in a folder of this name */
+  for (char *at = root; (at = strstr(at, "/snapshots/")); ++at)
+    snapshots = at;
   if (!snapshots)
     return false;
   size_t n = (size_t)(snapshots - root);

@@ -139,7 +139,8 @@ llvm::Expected<std::unique_ptr<Checkpoint>> Checkpoint::open(llvm::StringRef pat
                    "`" + llvm::Twine(single) + "` or `" + llvm::Twine(indexName) + "`",
                    found.empty()
                        ? llvm::Twine("no safetensors file")
-                       : llvm::Twine(found.size()) + " safetensors files without an index");
+                       : llvm::Twine(found.size()) + " safetensors files without an index",
+                   folder.snapshotHint());
 }
 
 const Checkpoint::Place *Checkpoint::place(llvm::StringRef tensor) const {
@@ -255,7 +256,7 @@ llvm::Error Checkpoint::checkWeight(const WeightSpec &weight, llvm::StringRef co
                          name(dtype),
                          dtype == Dtype::F8_E4M3
                              ? "fp8 is read where quantization_config says so, in 128x128 blocks"
-                             : "this format of weights is not implemented yet");
+                             : saveInBF16);
       if (!fits(*p->info, weight, source))
         return makeError(ErrorCode::TENSOR, at,
                          "shape " + shapeText(shape) + (config.empty() ? "" : ", as ") + config +
@@ -271,7 +272,7 @@ llvm::Error Checkpoint::checkWeight(const WeightSpec &weight, llvm::StringRef co
       if (!holdsScales(source.encoding, s->info->dtype))
         return makeError(ErrorCode::UNSUPPORTED, at,
                          source.encoding == Encoding::FP8 ? "dtype F32 or BF16" : "dtype U8",
-                         name(s->info->dtype), "this format of scales is not implemented yet");
+                         name(s->info->dtype), saveInBF16);
       if (s->info->shape != scalesShapeOf(weight, source))
         return makeError(ErrorCode::TENSOR, at,
                          "shape " + shapeText(scalesShapeOf(weight, source)) + ", the scales of `" +

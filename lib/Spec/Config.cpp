@@ -94,7 +94,7 @@ llvm::Expected<Encoding> configEncoding(const Config &config, const std::string 
       return makeError(ErrorCode::UNSUPPORTED,
                        file + ": " + (object == config.outer ? "" : config.path) + key,
                        "weights in f32, bf16, f16, `fp8` (e4m3) in blocks of 128 x 128, or `mxfp4`",
-                       method, "this quantization is not implemented yet");
+                       method, saveInBF16);
     }
   }
   return Encoding::Plain;

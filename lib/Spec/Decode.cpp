@@ -97,7 +97,7 @@ llvm::Error Checkpoint::decode(const MatrixExtent &extent, int64_t row0, int64_t
   if (llvm::Error error = read(extent.file, extent.offset + first * rowBytes, buffer))
     return error;
   // Scales of the rows read; an fp8 block is 128 rows high.
-  int64_t high = fp8 ? 128 : 1, wide = fp8 ? 128 : 32;
+  int64_t high = fp8 ? 128 : 1;
   int64_t firstBlock = first / high;
   size_t item = bitsOf(extent.scalesDtype) / 8;
   std::vector<char> bytes((last / high - firstBlock + 1) * extent.scalesCols * item);

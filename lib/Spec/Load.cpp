@@ -225,12 +225,12 @@ llvm::Expected<LoadedModel> loadModel(llvm::StringRef path, const ModelTable &ta
     const std::string &name = (*folder)->path();
     if (!(*folder)->has("config.json"))
       return makeError(ErrorCode::CONFIG, name, "a model folder with config.json", "none in it",
-                       (*folder)->has("manifest.json") ? "this is a folder that moec wrote" : "");
+                       (*folder)->has("manifest.json") ? "this is a folder that moec wrote"
+                                                       : (*folder)->snapshotHint());
     for (const char *quantized : {"hf_quant_config.json", "quantize_config.json"})
       if ((*folder)->has(quantized))
         return makeError(ErrorCode::UNSUPPORTED, name + "/" + quantized,
-                         "weights in f32, bf16 or f16", "a quantized checkpoint",
-                         "quantized checkpoints are not implemented yet");
+                         "weights in f32, bf16 or f16", "a quantized checkpoint", saveInBF16);
     llvm::Expected<std::unique_ptr<InputFile>> file = (*folder)->openMember("config.json");
     if (!file)
       return file.takeError();

@@ -128,7 +128,7 @@ bool isBelow(llvm::StringRef path, llvm::StringRef folder) {
 
 /// "<repo>/blobs" of a Hugging Face cache snapshot "<repo>/snapshots/<revision>[/…]", or "".
 std::string blobsOf(llvm::StringRef folder) {
-  size_t at = (folder + "/").str().find("/snapshots/");
+  size_t at = (folder + "/").str().rfind("/snapshots/");
   return at == std::string::npos ? "" : (folder.take_front(at) + "/blobs").str();
 }
 
@@ -175,6 +175,30 @@ std::vector<std::string> InputFolder::members() const {
   ::closedir(dir);
   std::sort(out.begin(), out.end());
   return out;
+}
+
+std::string InputFolder::snapshotHint() const {
+  if (!has("snapshots"))
+    return "";
+  std::string snapshots = name + "/snapshots";
+  std::vector<std::string> revisions;
+  if (auto folder = open(snapshots))
+    revisions = (*folder)->members();
+  else
+    llvm::consumeError(folder.takeError());
+  // What a download without a revision is.
+  auto main = InputFile::open(name + "/refs/main");
+  auto text = main ? (*main)->readAll(1000) : llvm::Expected<std::string>(main.takeError());
+  if (!text)
+    llvm::consumeError(text.takeError());
+  else if (std::string revision = llvm::StringRef(*text).trim().str();
+           llvm::is_contained(revisions, revision))
+    revisions = {revision};
+  if (revisions.empty())
+    return "a repository of a Hugging Face cache without a snapshot: its download is not complete";
+  for (std::string &revision : revisions)
+    revision = snapshots + "/" + revision;
+  return "a repository of a Hugging Face cache; the model is in " + quoteList(revisions, "or");
 }
 
 llvm::Expected<std::unique_ptr<InputFile>> InputFolder::openMember(llvm::StringRef member) const {

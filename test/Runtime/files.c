@@ -400,28 +400,30 @@ int main(int argc, char **argv) {
   OK(try_open());
 
   /* A snapshot of a Hugging Face cache: links lead to the blobs of the same repository alone. */
-  mkdir(path("models--a"), 0777);
-  mkdir(path("models--a/blobs"), 0777);
-  mkdir(path("models--a/snapshots"), 0777);
-  mkdir(path("models--a/snapshots/1"), 0777);
+  mkdir(path("snapshots"), 0777);
+  mkdir(path("snapshots/models--a"), 0777);
+  mkdir(path("snapshots/models--a/blobs"), 0777);
+  mkdir(path("snapshots/models--a/snapshots"), 0777);
+  mkdir(path("snapshots/models--a/snapshots/1"), 0777);
   for (int i = 0; i < MOCK_LAYERS; ++i) {
-    char from[64], target[64], link[96];
+    char from[64], target[64], link[128];
     snprintf(from, sizeof from, "m/weights/%s", mock_moec_module.layers[i].file);
     snprintf(target, sizeof target, "../../blobs/%d", i);
-    snprintf(link, sizeof link, "models--a/snapshots/1/%s", mock_moec_module.layers[i].file);
+    snprintf(link, sizeof link, "snapshots/models--a/snapshots/1/%s",
+             mock_moec_module.layers[i].file);
     size_t n;
     char *data = read_file(path(from), &n);
-    snprintf(from, sizeof from, "models--a/blobs/%d", i);
+    snprintf(from, sizeof from, "snapshots/models--a/blobs/%d", i);
     write_file(path(from), data, n);
     free(data);
     CHECK(!symlink(target, path(link)));
   }
   char snapshot[512];
-  snprintf(snapshot, sizeof snapshot, "%s", path("models--a/snapshots/1"));
+  snprintf(snapshot, sizeof snapshot, "%s", path("snapshots/models--a/snapshots/1"));
   options.weights = snapshot;
   OK(try_open());
-  rename(path("models--a/blobs"), path("models--a/other"));
-  CHECK(!symlink("other", path("models--a/blobs")));
+  rename(path("snapshots/models--a/blobs"), path("snapshots/models--a/other"));
+  CHECK(!symlink("other", path("snapshots/models--a/blobs")));
   FAILS(try_open(), PATH, "link that leaves it");
   MOEC_INIT(options);
 

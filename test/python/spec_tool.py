@@ -27,6 +27,7 @@ class SpecError(Exception):
         self.fields = fields
         self.name = fields["name"]
         self.where = fields["where"]
+        self.hint = fields["hint"]
         self.exit = code
 
 

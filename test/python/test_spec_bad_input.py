@@ -235,7 +235,7 @@ def test_quantized(quantization, model):
     config(model, quantization_config=None)
     load(model)
     (model / "hf_quant_config.json").write_text("{}")
-    refused("E-UNSUPPORTED", model, says="hf_quant_config.json")
+    refused("E-UNSUPPORTED", model, says=("hf_quant_config.json", "from_pretrained"))
 
 
 def test_unsupported_values(tmp_path):

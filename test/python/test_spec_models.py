@@ -600,9 +600,9 @@ def test_weights_from_elsewhere(tmp_path):
 
 
 def test_hugging_face_cache(tmp_path):
-    """Snapshots are links into blobs of the same repository."""
+    """Snapshots are links into blobs of the same repository; the repository names its snapshot."""
     make("mixtral").save_pretrained(tmp_path / "m")
-    repo = tmp_path / "hub" / "models--org--Mixtral-Tiny"
+    repo = tmp_path / "snapshots" / "models--org--Mixtral-Tiny"
     snapshot = repo / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
     (repo / "blobs").mkdir()
@@ -612,6 +612,20 @@ def test_hugging_face_cache(tmp_path):
     out = load(snapshot)
     assert out["weights"]
     assert out["spec"]["name"] == "mixtral_tiny"
+    assert refused("E-CONFIG", repo).hint.endswith(f"`{snapshot}`")
+    error = refused("E-TENSOR", snapshot, f"--checkpoint={repo}")
+    assert error.hint.endswith(f"`{snapshot}`")
+    other = repo / "snapshots" / "4567def"
+    other.mkdir()
+    assert refused("E-CONFIG", repo).hint.endswith(f"`{snapshot}` or `{other}`")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("4567def\n")
+    assert refused("E-CONFIG", repo).hint.endswith(f"in `{other}`")
+    (repo / "refs" / "main").write_text("../../x")
+    assert refused("E-CONFIG", repo).hint.endswith(f"`{snapshot}` or `{other}`")
+    (repo / "snapshots").rename(tmp_path / "elsewhere")
+    (repo / "snapshots").mkdir()
+    refused("E-CONFIG", repo, says="not complete")
 
 
 def test_user_rows(tmp_path):

@@ -28,6 +28,11 @@
 
 namespace moec {
 
+/// What to do about weights in a format that is not read, for errors.
+inline constexpr char saveInBF16[] =
+    "save the model in bf16 with transformers: from_pretrained(MODEL, dtype=\"bfloat16\"), "
+    ".dequantize() if it is quantized, .save_pretrained(FOLDER)";
+
 /// The element types of the safetensors format.
 enum class Dtype {
   BOOL,

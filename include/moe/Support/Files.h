@@ -80,6 +80,9 @@ public:
   llvm::Expected<std::unique_ptr<InputFile>> openMember(llvm::StringRef member) const;
   /// Names in the folder, sorted.
   std::vector<std::string> members() const;
+  /// Of a repository in a Hugging Face cache, where its model is, for errors about what the folder
+  /// lacks; else "".
+  std::string snapshotHint() const;
 
 private:
   InputFolder(int fd, std::string name, std::string canonical, bool followLinks)
