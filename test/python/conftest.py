@@ -40,6 +40,14 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_collection_modifyitems(config, items):
+    """What is only for --full is not there without it, rather than skipped."""
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_generate_tests(metafunc):
     if "level" in metafunc.fixturenames:
         metafunc.parametrize("level", LEVELS)

@@ -18,7 +18,6 @@ from test_attributes import CHANGES, E, H, bound, clear_tokens, source, spec_of,
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = Path(os.environ.get("MOE_BUILD_DIR", ROOT / "build")) / "bin" / "moe-simt"
-pytestmark = pytest.mark.skipif(not TOOL.exists(), reason=f"{TOOL} is not built")
 
 # One small tile: what differs between tiles is tested in test_gpu_simt.py.
 TILE = "[#moe.gpu_tile<cols = 64, rows = 8, k = 32, stages = 2, warps_cols = 2, warps_rows = 1>]"

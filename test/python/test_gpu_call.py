@@ -18,13 +18,9 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("MOE_BUILD_DIR", ROOT / "build"))
 EXECUTOR = BUILD / "test/lib/Target/GPU/libmoe_simt_driver.so"
-pytestmark = [
-    pytest.mark.skipif(not EXECUTOR.exists(), reason=f"{EXECUTOR} is not built"),
-    pytest.mark.skipif(
-        not (shutil.which("ptxas") or Path("/usr/local/cuda/bin/ptxas").exists()),
-        reason="no ptxas",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("ptxas") or Path("/usr/local/cuda/bin/ptxas").exists()), reason="no ptxas"
+)
 
 CONFIG = {
     "model_type": "mixtral",

@@ -12,7 +12,6 @@ from gpu_layers import Layer, bf16_bits, from_bf16, to_bf16
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOOL = pathlib.Path(os.environ.get("MOE_BUILD_DIR", ROOT / "build")) / "bin" / "moe-simt"
-pytestmark = pytest.mark.skipif(not TOOL.exists(), reason=f"{TOOL} is not built")
 
 # Small tiles, so that small sizes have many, with every shape of a warp's part.
 TILES = (

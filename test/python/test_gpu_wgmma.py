@@ -7,9 +7,7 @@ import gpu_layers
 import numpy as np
 import pytest
 from gpu_layers import Layer, to_bf16
-from test_gpu_simt import TOOL, call, check_routing, close, given_cases
-
-pytestmark = pytest.mark.skipif(not TOOL.exists(), reason=f"{TOOL} is not built")
+from test_gpu_simt import call, check_routing, close, given_cases
 
 
 def tile(rows, stages, up_to=0, raster="rows"):

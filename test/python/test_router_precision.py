@@ -11,6 +11,7 @@ import json
 
 import families
 import moec
+import moec.transformers as mt
 import numpy as np
 import oracle
 import pytest
@@ -20,8 +21,6 @@ from moec._semantics import expand_layers
 from moec.reference import Reference, round_bf16
 from test_transformers import cache, ids_of, logits  # noqa: F401
 from test_transformers_rows import PARTS, make
-
-mt = pytest.importorskip("moec.transformers")
 
 TOKENS = 256
 # Every arithmetic, order and kind of weights once; --full takes all families.

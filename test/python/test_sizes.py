@@ -125,11 +125,10 @@ def test_the_cover_covers():
     assert len(sizes.product()) == 16 * (1 + 2 + 3 + 4 + 4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=["-".join(c) for c in COMBINATIONS])
 @pytest.mark.parametrize("part", range(16))
-def test_the_whole_product(request, tmp_path, combination, part):
-    if not request.config.getoption("--full"):
-        pytest.skip("only with --full")
+def test_the_whole_product(tmp_path, combination, part):
     model = Model(tmp_path, sizes.product()[part::16], [], *combination)
     for layer, block in model.pairs():
         for count in COUNTS:

@@ -10,14 +10,13 @@ import copy
 import math
 import re
 
+import moec.transformers as mt
 import pytest
 import torch
 import transformers
 from moec.reference import reference
 from test_spec_models import ATTENTION, CASES, experts_of
 from test_transformers import cache, check_logits, ids_of, logits  # noqa: F401
-
-mt = pytest.importorskip("moec.transformers")
 
 # llama has no experts; llama4's are not dispatched by transformers (no use_experts_implementation).
 ROWS = sorted(set(CASES) - {"llama", "llama4_text"})
