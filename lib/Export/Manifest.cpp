@@ -9,7 +9,6 @@
 
 #include "moe/Export/Module.h"
 #include "moe/Export/Weights.h"
-#include "moe/Support/Files.h"
 #include "moe/Support/JSON.h"
 #include "moe/Target/CPU/ModuleTable.h"
 #include "moec.h"
@@ -137,13 +136,7 @@ std::string manifestText(const ManifestInput &input) {
 
 llvm::Expected<Manifest> readManifest(llvm::StringRef folder) {
   std::string path = (folder + "/manifest.json").str();
-  auto file = InputFile::open(path);
-  if (!file)
-    return file.takeError();
-  auto text = (*file)->readAll(256u << 20);
-  if (!text)
-    return text.takeError();
-  auto value = parseJSON(*text, path, ErrorCode::FILE_FORMAT);
+  auto value = readJSON(path, ErrorCode::FILE_FORMAT);
   if (!value)
     return value.takeError();
   const llvm::json::Object *root = value->getAsObject();

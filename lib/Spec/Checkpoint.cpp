@@ -71,13 +71,9 @@ llvm::Expected<std::unique_ptr<Checkpoint>> Checkpoint::open(llvm::StringRef pat
     if (!input)
       return input.takeError();
     std::string indexPath = (*input)->path();
-    llvm::Expected<std::string> text = (*input)->readAll(indexLimit);
-    if (!text)
-      return text.takeError();
     JSONLimits limits;
     limits.textBytes = indexLimit;
-    llvm::Expected<llvm::json::Value> value =
-        parseJSON(*text, indexPath, ErrorCode::FILE_FORMAT, limits);
+    llvm::Expected<llvm::json::Value> value = readJSON(**input, ErrorCode::FILE_FORMAT, limits);
     if (!value)
       return value.takeError();
     const llvm::json::Object *root = value->getAsObject();

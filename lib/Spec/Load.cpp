@@ -70,12 +70,9 @@ bool hasEncodedForm(const std::vector<RowReader::Layer> &layers) {
 llvm::Expected<LoadedModel> loadConfig(const InputFile &file, const std::string &modelName,
                                        const std::string &checkpointPath, const ModelTable &table,
                                        const LoadOptions &options) {
-  llvm::Expected<std::string> text = file.readAll(64u << 20);
-  if (!text)
-    return text.takeError();
   JSONLimits limits;
   limits.nonFiniteAsNull = true;
-  llvm::Expected<llvm::json::Value> root = parseJSON(*text, file.path(), ErrorCode::CONFIG, limits);
+  llvm::Expected<llvm::json::Value> root = readJSON(file, ErrorCode::CONFIG, limits);
   if (!root)
     return root.takeError();
   auto found = findConfig(*root, file.path(), table);
@@ -165,13 +162,7 @@ llvm::Expected<LoadedModel> loadConfig(const InputFile &file, const std::string 
 }
 
 llvm::Expected<LoadedModel> loadSpec(llvm::StringRef path, const LoadOptions &options) {
-  llvm::Expected<std::unique_ptr<InputFile>> file = InputFile::open(path);
-  if (!file)
-    return file.takeError();
-  llvm::Expected<std::string> text = (*file)->readAll(64u << 20);
-  if (!text)
-    return text.takeError();
-  llvm::Expected<llvm::json::Value> root = parseJSON(*text, path, ErrorCode::CONFIG);
+  llvm::Expected<llvm::json::Value> root = readJSON(path, ErrorCode::CONFIG);
   if (!root)
     return root.takeError();
   llvm::Expected<ModelSpec> spec = fromJSON(*root, path);

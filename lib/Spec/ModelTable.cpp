@@ -26,13 +26,7 @@ const ModelRow *ModelTable::find(llvm::StringRef modelType) const {
 }
 
 llvm::Error ModelTable::add(llvm::StringRef path, bool replace) {
-  llvm::Expected<std::unique_ptr<InputFile>> file = InputFile::open(path);
-  if (!file)
-    return file.takeError();
-  llvm::Expected<std::string> text = (*file)->readAll(4u << 20);
-  if (!text)
-    return text.takeError();
-  llvm::Expected<llvm::json::Value> value = parseJSON(*text, path, ErrorCode::CONFIG);
+  llvm::Expected<llvm::json::Value> value = readJSON(path, ErrorCode::CONFIG);
   if (!value)
     return value.takeError();
 

@@ -121,7 +121,9 @@ TensorInfo readTensor(JSONDocument &doc, const std::string &tensor, const llvm::
     doc.fail(at + ".data_offsets",
              "begin and end from 0 to " + llvm::Twine(room) + ", in this order",
              begin && end ? "[" + llvm::Twine(*begin) + "," + llvm::Twine(*end) + "]"
-                          : llvm::Twine("something else"));
+                          : llvm::Twine("something else"),
+             begin && end && *begin <= *end ? "the file was truncated, or its download is not over"
+                                            : "");
     return out;
   }
   if (*end - *begin != *bits / 8) {

@@ -235,6 +235,22 @@ llvm::Expected<llvm::json::Value> parseJSON(llvm::StringRef text, llvm::StringRe
   return makeError(code, where + ":" + place, "JSON", "other text (" + reason + ")");
 }
 
+llvm::Expected<llvm::json::Value> readJSON(const InputFile &file, ErrorCode code,
+                                           const JSONLimits &limits) {
+  auto text = file.readAll(limits.textBytes);
+  if (!text)
+    return text.takeError();
+  return parseJSON(*text, file.path(), code, limits);
+}
+
+llvm::Expected<llvm::json::Value> readJSON(llvm::StringRef path, ErrorCode code,
+                                           const JSONLimits &limits) {
+  auto file = InputFile::open(path);
+  if (!file)
+    return file.takeError();
+  return readJSON(**file, code, limits);
+}
+
 bool isInteger(const llvm::json::Value &value) {
   if (value.getAsUINT64())
     return true;

@@ -7,7 +7,6 @@
 
 #include "moe/Support/Machine.h"
 
-#include "moe/Support/Files.h"
 #include "moe/Support/JSON.h"
 
 #include <algorithm>
@@ -64,13 +63,7 @@ llvm::json::Value toJSON(const MachineConstants &machine) {
 }
 
 llvm::Expected<MachineConstants> readMachine(llvm::StringRef path) {
-  auto file = InputFile::open(path);
-  if (!file)
-    return file.takeError();
-  auto text = (*file)->readAll(1u << 20);
-  if (!text)
-    return text.takeError();
-  auto value = parseJSON(*text, path, ErrorCode::FILE_FORMAT);
+  auto value = readJSON(path, ErrorCode::FILE_FORMAT);
   if (!value)
     return value.takeError();
   const llvm::json::Object *root = value->getAsObject();

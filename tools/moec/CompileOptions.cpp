@@ -13,7 +13,6 @@
 #include "moe/Pipelines/Phases.h"
 #include "moe/Runtime/Machine.h"
 #include "moe/Support/Error.h"
-#include "moe/Support/Files.h"
 #include "moe/Support/JSON.h"
 #include "moe/Target/CPU/Level.h"
 #include "moe/Target/GPU/Arch.h"
@@ -195,13 +194,7 @@ static bool isStrategy(const llvm::json::Value &section) {
 static llvm::Expected<std::string> readStrategy(const std::string &path) {
   if (path.empty())
     return std::string();
-  auto file = InputFile::open(path);
-  if (!file)
-    return file.takeError();
-  auto text = (*file)->readAll(64u << 20);
-  if (!text)
-    return text.takeError();
-  auto value = parseJSON(*text, path, ErrorCode::FILE_FORMAT);
+  auto value = readJSON(path, ErrorCode::FILE_FORMAT);
   if (!value)
     return value.takeError();
   const llvm::json::Value *section = &*value;

@@ -14,7 +14,7 @@
 #ifndef MOE_SUPPORT_JSON_H
 #define MOE_SUPPORT_JSON_H
 
-#include "moe/Support/Error.h"
+#include "moe/Support/Files.h"
 
 #include "llvm/ADT/ArrayRef.h"
 #include "llvm/ADT/StringRef.h"
@@ -41,6 +41,13 @@ struct JSONLimits {
 /// value, bad UTF-8, and whatever is not JSON. `where` names the file in errors.
 llvm::Expected<llvm::json::Value> parseJSON(llvm::StringRef text, llvm::StringRef where,
                                             ErrorCode code, const JSONLimits &limits = {});
+
+/// The JSON in a file. E-FILE-FORMAT for one of more than `limits.textBytes`, and as parseJSON
+/// says.
+llvm::Expected<llvm::json::Value> readJSON(const InputFile &file, ErrorCode code,
+                                           const JSONLimits &limits = {});
+llvm::Expected<llvm::json::Value> readJSON(llvm::StringRef path, ErrorCode code,
+                                           const JSONLimits &limits = {});
 
 /// Whether a number was written as an integer: 2, but not 2.0 (llvm::json takes both).
 bool isInteger(const llvm::json::Value &value);
