@@ -237,9 +237,7 @@ static llvm::Expected<std::vector<size_t>> chooseLayers(const ModelSpec &spec,
     for (int64_t index : wanted) {
       auto it = llvm::find_if(spec.layers, [&](const LayerSpec &l) { return l.index == index; });
       if (it == spec.layers.end())
-        return makeError(ErrorCode::ARGUMENT, "--layers",
-                         "decoder layers of this model (" + llvm::Twine(spec.layers.size()) + ")",
-                         llvm::Twine(index));
+        return noSuchLayer(spec, index);
       out.push_back(it - spec.layers.begin());
     }
     return out;

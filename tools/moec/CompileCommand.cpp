@@ -256,18 +256,11 @@ static llvm::Error deliver(const Request &request, llvm::StringRef bytes) {
 }
 
 static llvm::Error selectLayers(ModelSpec &spec, const std::vector<int64_t> &wanted) {
-  std::vector<LayerSpec> kept;
-  std::vector<int64_t> missing = wanted;
-  for (LayerSpec &layer : spec.layers)
-    if (llvm::is_contained(wanted, layer.index)) {
-      llvm::erase(missing, layer.index);
-      kept.push_back(std::move(layer));
-    }
-  if (!missing.empty())
-    return makeError(ErrorCode::ARGUMENT, "--layers",
-                     "decoder layers of this model (" + llvm::Twine(spec.layers.size()) + ")",
-                     llvm::Twine(missing.front()));
-  spec.layers = std::move(kept);
+  for (int64_t number : wanted)
+    if (llvm::none_of(spec.layers, [&](const LayerSpec &l) { return l.index == number; }))
+      return noSuchLayer(spec, number);
+  llvm::erase_if(spec.layers,
+                 [&](const LayerSpec &l) { return !llvm::is_contained(wanted, l.index); });
   return llvm::Error::success();
 }
 

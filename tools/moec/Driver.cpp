@@ -17,6 +17,8 @@
 
 #include <csignal>
 #include <cstring>
+#include <sys/mman.h>
+#include <unistd.h>
 
 namespace cl = llvm::cl;
 
@@ -133,6 +135,60 @@ llvm::Expected<std::vector<int64_t>> parseNumberList(llvm::StringRef text, llvm:
   return out;
 }
 
+namespace {
+/// What is written to stderr until `end`: cl says there, whatever stream it is given, what is wrong
+/// with the value of an option.
+class CapturedErrors {
+public:
+  CapturedErrors() : file(::memfd_create("moec-options", MFD_CLOEXEC)), saved(::dup(2)) {
+    if (file >= 0 && saved >= 0)
+      ::dup2(file, 2);
+  }
+  std::string end() {
+    std::string text;
+    if (file >= 0 && saved >= 0) {
+      ::dup2(saved, 2);
+      char buffer[4096];
+      ssize_t n = ::pread(file, buffer, sizeof buffer, 0);
+      text.assign(buffer, n > 0 ? n : 0);
+    }
+    ::close(saved);
+    ::close(file);
+    return text;
+  }
+
+private:
+  int file, saved;
+};
+} // namespace
+
+/// What cl says about the options, as one error. `self`: the name under which it knows us.
+static llvm::Error wrongOptions(const Command &command, llvm::StringRef text,
+                                llvm::StringRef self) {
+  llvm::SmallVector<llvm::StringRef> lines;
+  text.trim().split(lines, '\n', -1, /*KeepEmpty=*/false);
+  std::string joined;
+  for (llvm::StringRef line : lines) {
+    line.consume_front("moec: ");
+    line = line.trim();
+    // "for the --tokens option: 'x' value invalid for long argument!"
+    if (auto [option, wrong] = line.split(" option: "); option.consume_front("for the ")) {
+      auto [value, kind] = wrong.split(" value invalid for ");
+      if (!kind.empty())
+        return makeError(ErrorCode::ARGUMENT, option, "a number", "`" + value.trim('\'') + "`");
+      if (wrong.starts_with("must be specified"))
+        return makeError(ErrorCode::ARGUMENT, option,
+                         "a value, as moec " + llvm::Twine(command.name) + " needs it", "nothing",
+                         "see moec " + llvm::Twine(command.name) + " --help");
+    }
+    joined += (joined.empty() ? "" : " ") + line.str();
+  }
+  // cl names the program as it was started; what helps is the command's own help.
+  for (size_t at; (at = joined.find((self + " --help").str())) != std::string::npos;)
+    joined.replace(at, self.size(), std::string("moec ") + command.name);
+  return makeError(ErrorCode::ARGUMENT, llvm::Twine("moec ") + command.name, "", joined);
+}
+
 static int drive(int argc, char **argv) {
   // A reader that goes away, and a limit on file sizes, are errors of write() and not deaths.
   std::signal(SIGPIPE, SIG_IGN);
@@ -185,23 +241,12 @@ static int drive(int argc, char **argv) {
   cl::HideUnrelatedOptions(category(), chosen->parser());
   std::string text;
   llvm::raw_string_ostream errors(text);
-  if (!cl::ParseCommandLineOptions(static_cast<int>(arguments.size()), arguments.data(),
-                                   chosen->sentence, &errors)) {
-    llvm::StringRef message = llvm::StringRef(text).trim();
-    message.consume_front("moec: ");
-    // cl names the program as it was started; what helps is the command's own help.
-    std::string joined, self = arguments[0];
-    llvm::SmallVector<llvm::StringRef> lines;
-    message.split(lines, '\n', -1, /*KeepEmpty=*/false);
-    for (llvm::StringRef line : lines) {
-      line.consume_front("moec: ");
-      joined += (joined.empty() ? "" : " ") + line.trim().str();
-    }
-    for (size_t at; (at = joined.find(self + " --help")) != std::string::npos;)
-      joined.replace(at, self.size(), std::string("moec ") + chosen->name);
-    return Log::get().report(
-        makeError(ErrorCode::ARGUMENT, (llvm::Twine("moec ") + chosen->name), "", joined));
-  }
+  CapturedErrors captured;
+  bool good = cl::ParseCommandLineOptions(static_cast<int>(arguments.size()), arguments.data(),
+                                          chosen->sentence, &errors);
+  text += captured.end();
+  if (!good)
+    return Log::get().report(wrongOptions(*chosen, text, arguments[0]));
   if (logOption != "text" && logOption != "json")
     return Log::get().report(
         makeError(ErrorCode::ARGUMENT, "--log", "`text` or `json`", "`" + logOption + "`"));

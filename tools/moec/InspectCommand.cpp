@@ -18,6 +18,9 @@
 #include "llvm/Support/Format.h"
 #include "llvm/Support/raw_ostream.h"
 
+#include <algorithm>
+#include <map>
+#include <set>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -170,6 +173,75 @@ static std::string layersText(const ModelSpec &spec) {
   return out;
 }
 
+/// "e0_v4_*" for functions that differ by the types of x and y alone, where it matches no function
+/// but them.
+static std::string patternText(llvm::ArrayRef<llvm::StringRef> functions,
+                               llvm::ArrayRef<llvm::StringRef> all) {
+  std::map<llvm::StringRef, std::vector<llvm::StringRef>> stems;
+  for (llvm::StringRef function : functions) {
+    llvm::StringRef stem = function;
+    while (stem.consume_back("_f32") || stem.consume_back("_bf16"))
+      ;
+    stems[stem].push_back(function);
+  }
+  std::vector<std::string> out;
+  for (const auto &[stem, members] : stems) {
+    std::string prefix = stem.str() + "_";
+    size_t matching =
+        llvm::count_if(all, [&](llvm::StringRef name) { return name.starts_with(prefix); });
+    if (members.size() > 1 && matching == members.size())
+      out.push_back(prefix + "*");
+    else
+      for (llvm::StringRef member : members)
+        out.push_back(member.str());
+  }
+  return llvm::join(out, ", ");
+}
+
+/// The schedules of a manifest, a row for those that are equal; why each was chosen below.
+static std::string strategyText(const llvm::json::Object &strategy,
+                                const llvm::json::Object *reasons) {
+  // A schedule is equal to another where matmul, fields and reason are.
+  using Schedule = std::pair<std::string, std::map<std::string, std::string>>;
+  std::map<std::pair<Schedule, std::string>, std::vector<llvm::StringRef>> equal;
+  std::vector<llvm::StringRef> functions;
+  std::set<std::string> columns;
+  for (const auto &[function, value] : strategy) {
+    functions.push_back(function);
+    const llvm::json::Object *ops = value.getAsObject();
+    const llvm::json::Object *why = reasons ? reasons->getObject(function) : nullptr;
+    for (const auto &[op, fieldsValue] : ops ? *ops : llvm::json::Object()) {
+      Schedule schedule{llvm::StringRef(op).str(), {}};
+      if (const llvm::json::Object *fields = fieldsValue.getAsObject())
+        for (const auto &[key, field] : *fields)
+          if (!field.getAsArray()) { // tiles of a GPU: their reason says them in words
+            schedule.second[llvm::StringRef(key).str()] = plainText(field);
+            columns.insert(llvm::StringRef(key).str());
+          }
+      std::string reason = why ? why->getString(op).value_or("").str() : "";
+      equal[{schedule, reason}].push_back(function);
+    }
+  }
+  std::vector<std::vector<std::string>> rows = {{"functions", "matmul"}};
+  for (const std::string &column : columns) {
+    rows[0].push_back(column);
+    std::replace(rows[0].back().begin(), rows[0].back().end(), '_', ' ');
+  }
+  std::string why;
+  for (auto &[key, members] : equal) {
+    const auto &[schedule, reason] = key;
+    llvm::sort(members);
+    rows.push_back({patternText(members, functions), schedule.first});
+    for (const std::string &column : columns) {
+      auto field = schedule.second.find(column);
+      rows.back().push_back(field == schedule.second.end() ? "" : field->second);
+    }
+    if (!reason.empty())
+      why += rows.back()[0] + " " + schedule.first + ": " + reason + "\n";
+  }
+  return tableText(rows) + (why.empty() ? "" : "\nwhy\n" + why);
+}
+
 static std::string codeText(const Manifest &manifest) {
   std::string out;
   llvm::raw_string_ostream os(out);
@@ -216,34 +288,8 @@ static std::string codeText(const Manifest &manifest) {
   const llvm::json::Object *strategy = root.getObject("strategy");
   if (!strategy || strategy->empty())
     return out;
-  rows = {{"function", "matmul", "rows", "panels", "order", "prefetch", "chunk rows", "panels/task",
-           "why"}};
-  const llvm::json::Object *reasons = root.getObject("reasons");
-  std::vector<llvm::StringRef> functions;
-  for (const auto &member : *strategy)
-    functions.push_back(member.first);
-  llvm::sort(functions);
-  for (llvm::StringRef function : functions)
-    if (const llvm::json::Object *ops = strategy->getObject(function)) {
-      std::vector<llvm::StringRef> names;
-      for (const auto &member : *ops)
-        names.push_back(member.first);
-      llvm::sort(names);
-      for (llvm::StringRef op : names)
-        if (const llvm::json::Object *fields = ops->getObject(op)) {
-          std::vector<std::string> row = {function.str(), op.str()};
-          for (const char *key :
-               {"rows", "panels", "order", "prefetch", "chunk_rows", "panels_per_task"})
-            row.push_back(fields->get(key) ? plainText(*fields->get(key)) : "");
-          const llvm::json::Object *why = reasons ? reasons->getObject(function) : nullptr;
-          row.push_back(why ? why->getString(op).value_or("").str() : "");
-          rows.push_back(std::move(row));
-        }
-    }
   os << "\nstrategies (edit this section of manifest.json and give it to --strategy)\n"
-     << tableText(rows)
-     << "\nA tall block reads a weight once per `rows` rows; `prefetch` is in bytes ahead of the "
-        "panel.\n";
+     << strategyText(*strategy, root.getObject("reasons"));
   return out;
 }
 
@@ -365,7 +411,7 @@ static llvm::Error work() {
       return print(jsonText(toJSON(manifest->spec)));
     if (jsonOption)
       return print(jsonText(manifest->json));
-    return print(codeText(*manifest) + "\n" + layersText(manifest->spec));
+    return print(layersText(manifest->spec) + "\n" + codeText(*manifest));
   }
   auto table = modelTable();
   if (!table)

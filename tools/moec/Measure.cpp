@@ -165,8 +165,9 @@ MachineConstants describeMachine() {
 // Arithmetic: independent chains in registers. Each returns the FLOPs it did.
 //===----------------------------------------------------------------------===//
 
-// Twelve chains cover latency x ports of every core so far, and leave room in 16 registers.
-#define MOEC_CHAINS(NAME, TARGET, VECTOR, INIT, STEP, STORE, COUNT, FLOPS)                         \
+// Twelve chains cover latency x ports of every core so far, and leave room in 16 registers; "v" is
+// the constraint for all 32 registers of AVX-512.
+#define MOEC_CHAINS(NAME, TARGET, COUNT, CONSTRAINT, VECTOR, INIT, STEP, STORE, FLOPS)             \
   __attribute__((target(TARGET), noinline)) static double NAME(int64_t n) {                        \
     VECTOR chain[COUNT];                                                                           \
     for (int i = 0; i < COUNT; ++i)                                                                \
@@ -175,36 +176,7 @@ MachineConstants describeMachine() {
       _Pragma("GCC unroll 24") for (int i = 0; i < COUNT; ++i) chain[i] = STEP;                    \
       /* Keeps the loop: no value may be known after it. */                                        \
       _Pragma("GCC unroll 24") for (int i = 0; i < COUNT;                                          \
-                                    ++i) __asm__ volatile("" : "+x"(chain[i]));                    \
-    }                                                                                              \
-    volatile float sink[64];                                                                       \
-    float out[16];                                                                                 \
-    for (int i = 0; i < COUNT; ++i) {                                                              \
-      STORE;                                                                                       \
-      sink[i] = out[0];                                                                            \
-    }                                                                                              \
-    (void)sink;                                                                                    \
-    return static_cast<double>(n) * COUNT * FLOPS;                                                 \
-  }
-
-MOEC_CHAINS(fma128, "avx2,fma", __m128, _mm_set1_ps(1),
-            _mm_fmadd_ps(chain[i], _mm_set1_ps(0.5f), _mm_set1_ps(0.25f)),
-            _mm_storeu_ps(out, chain[i]), 12, 8)
-MOEC_CHAINS(fma256, "avx2,fma", __m256, _mm256_set1_ps(1),
-            _mm256_fmadd_ps(chain[i], _mm256_set1_ps(0.5f), _mm256_set1_ps(0.25f)),
-            _mm256_storeu_ps(out, chain[i]), 12, 16)
-
-// The 512-bit forms need the "v" constraint for the upper sixteen registers.
-#define MOEC_CHAINS_512(NAME, TARGET, VECTOR, INIT, STEP, STORE, FLOPS)                            \
-  __attribute__((target(TARGET), noinline)) static double NAME(int64_t n) {                        \
-    constexpr int COUNT = 24;                                                                      \
-    VECTOR chain[COUNT];                                                                           \
-    for (int i = 0; i < COUNT; ++i)                                                                \
-      chain[i] = INIT;                                                                             \
-    for (int64_t k = 0; k < n; ++k) {                                                              \
-      _Pragma("GCC unroll 24") for (int i = 0; i < COUNT; ++i) chain[i] = STEP;                    \
-      _Pragma("GCC unroll 24") for (int i = 0; i < COUNT;                                          \
-                                    ++i) __asm__ volatile("" : "+v"(chain[i]));                    \
+                                    ++i) __asm__ volatile("" : "+" CONSTRAINT(chain[i]));          \
     }                                                                                              \
     volatile float sink[COUNT];                                                                    \
     float out[16];                                                                                 \
@@ -216,19 +188,26 @@ MOEC_CHAINS(fma256, "avx2,fma", __m256, _mm256_set1_ps(1),
     return static_cast<double>(n) * COUNT * FLOPS;                                                 \
   }
 
-MOEC_CHAINS_512(fma512, "avx512f", __m512, _mm512_set1_ps(1),
-                _mm512_fmadd_ps(chain[i], _mm512_set1_ps(0.5f), _mm512_set1_ps(0.25f)),
-                _mm512_storeu_ps(out, chain[i]), 32)
+MOEC_CHAINS(fma128, "avx2,fma", 12, "x", __m128, _mm_set1_ps(1),
+            _mm_fmadd_ps(chain[i], _mm_set1_ps(0.5f), _mm_set1_ps(0.25f)),
+            _mm_storeu_ps(out, chain[i]), 8)
+MOEC_CHAINS(fma256, "avx2,fma", 12, "x", __m256, _mm256_set1_ps(1),
+            _mm256_fmadd_ps(chain[i], _mm256_set1_ps(0.5f), _mm256_set1_ps(0.25f)),
+            _mm256_storeu_ps(out, chain[i]), 16)
+
+MOEC_CHAINS(fma512, "avx512f", 24, "v", __m512, _mm512_set1_ps(1),
+            _mm512_fmadd_ps(chain[i], _mm512_set1_ps(0.5f), _mm512_set1_ps(0.25f)),
+            _mm512_storeu_ps(out, chain[i]), 32)
 
 // bf16 operands of 0x3c3c, 0.0115: sums stay finite for any count (they grow by 2.6e-4 a step).
-MOEC_CHAINS_512(dot256, "avx512f,avx512vl,avx512bf16", __m256, _mm256_set1_ps(1),
-                _mm256_dpbf16_ps(chain[i], (__m256bh)_mm256_set1_epi16(0x3c3c),
-                                 (__m256bh)_mm256_set1_epi16(0x3c3c)),
-                _mm256_storeu_ps(out, chain[i]), 32)
-MOEC_CHAINS_512(dot512, "avx512f,avx512bf16", __m512, _mm512_set1_ps(1),
-                _mm512_dpbf16_ps(chain[i], (__m512bh)_mm512_set1_epi16(0x3c3c),
-                                 (__m512bh)_mm512_set1_epi16(0x3c3c)),
-                _mm512_storeu_ps(out, chain[i]), 64)
+MOEC_CHAINS(dot256, "avx512f,avx512vl,avx512bf16", 24, "v", __m256, _mm256_set1_ps(1),
+            _mm256_dpbf16_ps(chain[i], (__m256bh)_mm256_set1_epi16(0x3c3c),
+                             (__m256bh)_mm256_set1_epi16(0x3c3c)),
+            _mm256_storeu_ps(out, chain[i]), 32)
+MOEC_CHAINS(dot512, "avx512f,avx512bf16", 24, "v", __m512, _mm512_set1_ps(1),
+            _mm512_dpbf16_ps(chain[i], (__m512bh)_mm512_set1_epi16(0x3c3c),
+                             (__m512bh)_mm512_set1_epi16(0x3c3c)),
+            _mm512_storeu_ps(out, chain[i]), 64)
 
 __attribute__((target("amx-tile,amx-bf16"), noinline)) static double tiles(int64_t n) {
   struct alignas(64) {

@@ -61,6 +61,20 @@ llvm::Expected<LoadedModel> loadModelWith(llvm::StringRef path, const WeightsCho
   return loaded;
 }
 
+llvm::Error noSuchLayer(const ModelSpec &spec, int64_t number) {
+  std::string there;
+  for (size_t i = 0, j; i < spec.layers.size(); i = j) {
+    for (j = i + 1; j < spec.layers.size(); ++j)
+      if (spec.layers[j].index > spec.layers[j - 1].index + 1)
+        break;
+    there += (there.empty() ? "" : ",") + std::to_string(spec.layers[i].index);
+    if (spec.layers[j - 1].index > spec.layers[i].index)
+      there += "-" + std::to_string(spec.layers[j - 1].index);
+  }
+  return makeError(ErrorCode::ARGUMENT, "--layers", "decoder layers of this model (" + there + ")",
+                   llvm::Twine(number));
+}
+
 llvm::Expected<unsigned> parseThreads(int64_t value) {
   if (value < 0 || value > 4095)
     return makeError(ErrorCode::ARGUMENT, "--threads", "0 to 4095", llvm::Twine(value));

@@ -35,6 +35,9 @@ llvm::Expected<WeightsChoice> parseWeightsChoice(llvm::StringRef text);
 llvm::Expected<LoadedModel> loadModelWith(llvm::StringRef path, const WeightsChoice &weights,
                                           std::optional<Format> dtype);
 
+/// E-ARGUMENT for a number in --layers that no layer of the model has.
+llvm::Error noSuchLayer(const ModelSpec &spec, int64_t number);
+
 /// --threads: 0 to 4095; 0 is one for every CPU that this process may use. E-ARGUMENT.
 llvm::Expected<unsigned> parseThreads(int64_t value);
 

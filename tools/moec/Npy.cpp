@@ -94,8 +94,9 @@ llvm::Expected<Array> readNpy(llvm::StringRef path) {
   if (!opened)
     return opened.takeError();
   InputFile &in = **opened;
-  auto broken = [&](const llvm::Twine &expected, const llvm::Twine &got) {
-    return makeError(ErrorCode::FILE_FORMAT, path, expected, got);
+  auto broken = [&](const llvm::Twine &expected, const llvm::Twine &got,
+                    const llvm::Twine &hint = "") {
+    return makeError(ErrorCode::FILE_FORMAT, path, expected, got, hint);
   };
   unsigned char head[12] = {};
   size_t headBytes = std::min<uint64_t>(in.size(), 12);
@@ -136,7 +137,7 @@ llvm::Expected<Array> readNpy(llvm::StringRef path) {
                      "'" + descr + "'", "convert it with .astype(numpy.float32)");
   }
   if (fortran)
-    return broken("C order", "Fortran order");
+    return broken("C order", "Fortran order", "save numpy.ascontiguousarray of it");
   uint64_t bytes = item, left = in.size() - begin - length;
   for (int64_t size : array.shape)
     if (__builtin_mul_overflow(bytes, static_cast<uint64_t>(size), &bytes))

@@ -208,6 +208,12 @@ static llvm::Error refuseExisting(llvm::StringRef path) {
 }
 
 static llvm::Error run() {
+  if (tokens.getNumOccurrences() && (tokens < 0 || tokens > (int64_t(1) << 31)))
+    return makeError(ErrorCode::ARGUMENT, "--tokens", "0 to 2147483648", llvm::Twine(tokens));
+  for (auto [option, path] :
+       {std::pair("-i", &input), std::pair("-o", &output), std::pair("--trace", &trace)})
+    if (*path == "-")
+      return makeError(ErrorCode::ARGUMENT, option, "the name of a file", "`-`");
   if (input.empty() == (tokens < 0))
     return makeError(ErrorCode::ARGUMENT, "moec run", "one of -i and --tokens",
                      input.empty() ? "neither" : "both");
@@ -215,8 +221,6 @@ static llvm::Error run() {
     Log::get().note("nothing is kept: give -o or --trace to keep results");
   if (!input.empty() && output.empty() && trace.empty())
     return makeError(ErrorCode::ARGUMENT, "moec run", "-o or --trace", "neither");
-  if (tokens > (int64_t(1) << 31))
-    return makeError(ErrorCode::ARGUMENT, "--tokens", "at most 2147483648", llvm::Twine(tokens));
   if (threads < 0)
     return makeError(ErrorCode::ARGUMENT, "--threads", "0 or more", llvm::Twine(threads));
   if (llvm::Error error = refuseExisting(output))
