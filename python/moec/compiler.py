@@ -6,6 +6,7 @@ crash of Python: so it never enters this process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -66,19 +67,15 @@ def compile(
 
     Ctrl-C ends the compiler, which leaves nothing half-written. Failures are moec.Error.
     """
-    spec = None
-    if isinstance(model, Mapping):
-        handle, spec = tempfile.mkstemp(prefix="moec-", suffix=".moe.json")
-        with os.fdopen(handle, "w") as f:
-            json.dump(model, f)
-        model = spec
-    command = [find_compiler(), "compile", os.fspath(model), "-o", os.fspath(out)]
-    command += [*_as_arguments(options), "--log", "json"]
-    try:
+    with contextlib.ExitStack() as scratch:
+        if isinstance(model, Mapping):
+            spec = tempfile.NamedTemporaryFile("w", prefix="moec-", suffix=".moe.json")
+            json.dump(model, scratch.enter_context(spec))
+            spec.flush()
+            model = spec.name
+        command = [find_compiler(), "compile", "-o", os.fspath(out), *_as_arguments(options)]
+        command += ["--log", "json", "--", os.fspath(model)]  # a name may begin with a dash
         run_driver(command, progress)
-    finally:
-        if spec is not None:
-            os.unlink(spec)
     from moec.library import load as open_library
 
     return open_library(out, **(load or {}))

@@ -49,8 +49,8 @@ def load(
     """
     # An absolute path, so that a pickle opens the same folder from another directory.
     arguments = {
-        "dir": os.path.abspath(os.fspath(dir)),
-        "weights": None if weights is None else os.path.abspath(os.fspath(weights)),
+        "dir": os.path.abspath(os.fsdecode(dir)),
+        "weights": None if weights is None else os.path.abspath(os.fsdecode(weights)),
         "load": load,
         "device": device,
         "threads": threads,

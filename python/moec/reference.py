@@ -316,9 +316,7 @@ class Reference:
     def _routed(self, x: np.ndarray, idx: np.ndarray, w: np.ndarray) -> np.ndarray:
         y = np.zeros((len(x), self.spec["H"]))
         with np.errstate(all="ignore"):
-            for e in range(
-                self.spec["E"]
-            ):  # ascending expert order, as the ruling on equal bits has it
+            for e in range(self.spec["E"]):  # ascending, as moec.h promises
                 token, slot = np.nonzero(idx == e)
                 if not len(token):
                     continue

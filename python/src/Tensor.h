@@ -192,7 +192,9 @@ private:
   /// A refusal by the framework (sparse, quantized, on the meta device …) in our words.
   [[noreturn]] void refuse(const char *where) {
     nb::python_error cause;
+    // What follows the first line is the framework's own stack.
     std::string text = nb::str(cause.value()).c_str();
+    text.erase(std::min(text.find('\n'), text.size()));
     raise(MOEC_E_ARGUMENT, where, "a dense tensor in memory", "one that DLPack refuses: " + text);
   }
 
@@ -341,7 +343,9 @@ inline nb::object allocate(const Tensor &like, const int64_t *shape, int ndim, E
     nb::object sizes = nb::steal(PyTuple_New(ndim));
     for (int i = 0; i < ndim; ++i)
       PyTuple_SET_ITEM(sizes.ptr(), i, PyLong_FromLongLong(shape[i]));
-    nb::object dtype = element == Element::Same  ? nb::object(nb::getattr(like.source, "dtype"))
+    // What has a buffer but is no array (memoryview) has a format instead of a dtype.
+    const char *plain = like.view.dtype.code == kDLBfloat ? "uint16" : "float32";
+    nb::object dtype = element == Element::Same  ? nb::getattr(like.source, "dtype", nb::str(plain))
                        : element == Element::I32 ? nb::object(nb::str("int32"))
                                                  : nb::object(nb::str("float32"));
     result = nb::steal(PyObject_CallFunctionObjArgs(empty, sizes.ptr(), dtype.ptr(), nullptr));

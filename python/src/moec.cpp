@@ -121,6 +121,10 @@ NB_MODULE(_moec, m) {
 
   nb::class_<Layers>(m, "Layers", "The layers of a library, in model order.")
       .def("__len__", [](const Layers &l) { return l.library->count(); })
+      .def("__repr__",
+           [](const Layers &l) {
+             return "<moec.Layers, " + std::to_string(l.library->count()) + " of them>";
+           })
       .def("__getitem__", [](const Layers &l, int64_t i) { return l.at(i); })
       .def("__getitem__", [](const Layers &l, nb::slice slice) {
         auto [start, stop, step, length] = slice.compute(static_cast<size_t>(l.library->count()));

@@ -228,8 +228,8 @@ def route(layer, x):
 
 
 def experts_sum(layer, x, experts, weights, start=None):
-    """Σ w · row, rows rounded to bf16 as the contract says, and hidden rows too (a GPU's choice);
-    with the part of |y| that comes from terms, for error bounds."""
+    """Σ w · row, rows rounded to bf16 before they are weighted, and hidden rows too (a GPU's
+    choice); with the part of |y| that comes from terms, for error bounds."""
     y = np.zeros(x.shape) if start is None else start.astype(np.float64).copy()
     size = np.abs(y)
     for t in range(len(x)):

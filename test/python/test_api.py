@@ -102,6 +102,7 @@ def test_info(library):
     )
     assert info.needs == () and info.level.startswith("x86-64-v") and info.active_flops > 0
     assert repr(info).startswith("LayerInfo(model.layers.2.mlp: moe H=33 F=48 E=9 K=3 bf16")
+    assert "4 of them" in repr(library.layers)
     assert "4 layers" in repr(library) and "model.layers.3.mlp dense" in repr(library.layers[3])
 
 
@@ -156,6 +157,13 @@ def test_numpy_gives_numpy(layer):
     read_only = x.numpy().copy()
     read_only.flags.writeable = False
     np.testing.assert_array_equal(layer(read_only), y)
+
+
+def test_a_buffer_that_is_no_array(layer):
+    x = x_of(layer).numpy()
+    y = layer(memoryview(x))
+    assert type(y) is np.ndarray
+    np.testing.assert_array_equal(y, layer(x))
 
 
 def test_uint16_is_the_bits_of_bfloat16(layer):
@@ -298,8 +306,10 @@ def test_calls_that_are_refused(layer, call, name):
 
 
 def test_meta_and_read_only_tensors(layer):
-    with pytest.raises(moec.Error):
-        layer(torch.zeros(4, 40, device="meta"))
+    for strange in (torch.zeros(4, 40, device="meta"), torch.zeros(4, 40).to_sparse()):
+        with pytest.raises(moec.Error, match="E-ARGUMENT: x: expected a dense tensor") as caught:
+            layer(strange)
+        assert "\n" not in str(caught.value)  # nor the framework's own stack
     out = np.zeros((4, 40), np.float32)
     out.flags.writeable = False
     with pytest.raises(moec.Error, match="expected a writable array") as caught:
@@ -565,20 +575,22 @@ def fake_driver(tmp_path, monkeypatch):
 SAY = "def say(**event): print(json.dumps(event), file=sys.stderr, flush=True)\n"
 
 
-def test_compile_runs_the_driver(fake_driver, mock, tmp_path):
+def test_compile_runs_the_driver(fake_driver, mock, tmp_path, monkeypatch):
     import io
 
     fake_driver(
         SAY
         + "args = sys.argv[1:]\n"
-        + "assert args[0] == 'compile' and args[2] == '-o', args\n"
-        + "assert args[4:] == ['--layers', '0,3', '--force', '--log', 'json'], args\n"
-        + "assert json.load(open(args[1])) == {'schema': 1}\n"
+        + "assert args[:2] == ['compile', '-o'], args\n"
+        + "assert args[3:-1] == ['--layers', '0,3', '--force', '--log', 'json', '--'], args\n"
+        + "assert json.load(open(args[-1])) == {'schema': 1}\n"
         + "say(event='progress', phase='pack', done=1, total=4, unit='bytes')\n"
         + "say(event='note', text='two layers share code')\n"
         + "say(event='progress', phase='pack', done=4, total=4, unit='bytes')\n"
-        + f"os.symlink({str(mock)!r}, args[3])\n"
+        + f"os.symlink({str(mock)!r}, args[2])\n"
+        + "open('spec', 'w').write(args[-1])\n"
     )
+    monkeypatch.chdir(tmp_path)
     stream = io.StringIO()
     library = moec.compile(
         {"schema": 1},
@@ -589,6 +601,7 @@ def test_compile_runs_the_driver(fake_driver, mock, tmp_path):
     )
     assert len(library) == 4
     assert "two layers share code" in stream.getvalue() and "100 %" in stream.getvalue()
+    assert not os.path.exists((tmp_path / "spec").read_text())  # the spec's own file
 
 
 def test_compile_fails_in_the_compilers_words(fake_driver, tmp_path):
@@ -611,6 +624,15 @@ def test_compile_reports_a_crash(fake_driver, tmp_path):
     with pytest.raises(moec.Error, match="signal 11\nstack dump") as caught:
         moec.compile(tmp_path, out=tmp_path / "out.moec")
     assert caught.value.name == "E-INTERNAL"
+
+
+def test_a_model_whose_name_begins_with_a_dash(tmp_path, monkeypatch):
+    from conftest import driver
+
+    driver()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(moec.Error, match="E-CONFIG: -model: expected a model folder"):
+        moec.compile("-model", out="-out")
 
 
 def test_ctrl_c_ends_the_compiler(fake_driver, tmp_path):

@@ -1,4 +1,4 @@
-"""Every attribute of a layer, changed one at a time, against float64; and ruling 1 for all of them.
+"""Every attribute of a layer, changed one at a time, against float64; equal bits for each.
 
 One model holds a plain layer and one layer for each change. Expected values come from
 moec.reference. A change must matter: with the plain layer's attributes and the same numbers the

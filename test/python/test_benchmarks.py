@@ -1,4 +1,4 @@
-"""The weighing room, small: every process starts, answers rightly, and the result can be drawn."""
+"""The benchmarks, small: every process starts, answers rightly, and the result can be drawn."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_refusals(tmp_path):
 
 
 def test_fixed_cost():
-    """The program of ruling 9 compiles without a warning and measures every kind of call."""
+    """The program compiles without a warning and measures every kind of call."""
     done = run(ROOT / "benchmarks/fixed_cost.py", "--build", BUILD, "--calls", 1)
     assert done.returncode == 0, done.stderr
     for kind in ("whole layer", "experts given", "route only"):

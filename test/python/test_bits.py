@@ -1,4 +1,4 @@
-"""Ruling 1: within one library and one level, equal bits however a token gets there.
+"""Within one library and one level: equal bits however a token gets there.
 
 Every comparison is exact. The rows are those of different kinds of code: two activations, dense
 and not, few and many experts.
