@@ -15,7 +15,7 @@ class Layer:
     def __init__(self, run: dict):
         self.H, self.F, self.E, self.K = (int(run[key]) for key in "HFEK")
         self.dtype = run["dtype"]  # "f32" | "bf16"
-        self.routing = run["routing"]  # "uniform" | "zipf" | "one-expert"
+        self.routing = run["routing"]  # "uniform" | "zipf" | "one-expert" | "half-empty"
         self.banks = int(run.get("banks", 1))
         self.element = 4 if self.dtype == "f32" else 2
 
@@ -45,6 +45,8 @@ class Layer:
         popularity = np.ones(self.E)
         if self.routing == "zipf":
             popularity = generator.permutation(np.arange(1, self.E + 1) ** -1.2)
+        elif self.routing == "half-empty":  # nobody chooses every other expert
+            popularity[1::2] = 1e-30
         out = []
         for number in range(16 if tokens < 64 else 4):
             x = round_bf16(generator.standard_normal((tokens, self.H), dtype=np.float32))

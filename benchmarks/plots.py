@@ -75,12 +75,17 @@ class Picture:
         path.write_text("\n".join([*self.parts, "</svg>"]) + "\n")
 
 
+def place(peer: str) -> tuple[int, str]:
+    """`moec@LEVEL` comes last: it is no library beside moec."""
+    return (ORDER.index(peer) if peer in ORDER else len(ORDER), peer)
+
+
 def colour(peer: str) -> str:
-    return COLOURS[ORDER.index(peer) % len(COLOURS)]
+    return COLOURS[place(peer)[0] % len(COLOURS)]
 
 
 def peers_of(rows) -> list[str]:
-    return sorted({row["peer"] for row in rows}, key=ORDER.index)
+    return sorted({row["peer"] for row in rows}, key=place)
 
 
 def time_picture(rows, title: str) -> Picture:

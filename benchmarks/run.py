@@ -1,7 +1,7 @@
 """The weighing room: moec and other libraries on the same layer, interleaved in one run.
 
     python benchmarks/run.py --quick          one shape, about four minutes
-    python benchmarks/run.py --full           every shape of config/full.json, about an hour
+    python benchmarks/run.py --full           the configuration of record: config/full.json
 
 Every peer runs in a process of its own (serve.py) with equal threads; blocks of calls take turns,
 with a pause in which pools that spin fall asleep. All use the same weights, inputs and routing.
@@ -36,7 +36,7 @@ sys.path.insert(0, str(HERE))
 
 from layer import Layer  # noqa: E402
 
-PEERS = {  # name: module of peers/
+PEERS = {  # name: module of peers/; "moec@LEVEL" is moec held to a CPU level
     "moec": "moec_peer",
     "moec-dense": "moec_peer",
     "hf-grouped": "torch_peer",
@@ -50,6 +50,11 @@ PEERS = {  # name: module of peers/
     "read": "read_peer",
 }
 DENSE = {"moec-dense", "torch-dense"}
+LEVEL_FLOPS = {  # instructions that a level has
+    "x86-64-v3": ("fma_f32_128", "fma_f32_256"),
+    "x86-64-v4": ("fma_f32_128", "fma_f32_256", "fma_f32_512"),
+    "avx512-bf16": ("fma_f32_128", "fma_f32_256", "fma_f32_512", "dpbf16_256", "dpbf16_512"),
+}
 UNCHECKED = DENSE | {"read"}
 PAUSE_S = 0.05  # libgomp and onnxruntime spin for some milliseconds after a call
 BLOCK_S = 0.1
@@ -65,7 +70,7 @@ class Server:
         environment = dict(os.environ, OMP_NUM_THREADS=str(run["threads"]))
         self.name = name
         self.process = subprocess.Popen(
-            [python, HERE / "serve.py", name, json.dumps(run | {"module": PEERS[name]})],
+            [python, HERE / "serve.py", name, json.dumps(run | {"module": module_of(name)})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if not os.environ.get("MOEC_BENCH_DEBUG") else None,
@@ -90,6 +95,10 @@ class Server:
         self.process.wait()
 
 
+def module_of(name: str) -> str:
+    return PEERS[name.partition("@")[0]]
+
+
 def quartiles(values) -> dict:
     ordered = sorted(values)
     n = len(ordered)
@@ -109,11 +118,14 @@ def doctor(moec: str, threads: int) -> dict:
     return json.loads(done.stdout)
 
 
-def roof_seconds(layer: Layer, inputs, tokens: int, dense: bool, machine: dict) -> float:
+def roof_seconds(layer: Layer, inputs, tokens: int, peer: str, machine: dict) -> float:
     """The larger of reading the weights that are needed and multiplying with them."""
     names = [n for n in machine["flops"] if layer.dtype == "bf16" or n.startswith("fma_f32")]
-    peak = max(machine["flops"][name] for name in names)
-    used = layer.K if dense else statistics.mean(len(np.unique(ids)) for _, ids, _ in inputs)
+    level = peer.partition("@")[2]
+    peak = max(machine["flops"][n] for n in names if n in LEVEL_FLOPS.get(level, names))
+    used = (
+        layer.K if peer in DENSE else statistics.mean(len(np.unique(ids)) for _, ids, _ in inputs)
+    )
     read = max(machine["read"].values())
     return max(used * layer.expert_bytes / read, layer.flops_per_token * tokens / peak)
 
@@ -186,10 +198,19 @@ def check(layer: Layer, servers: list[Server], log) -> dict:
     return errors
 
 
-def start(run: dict, python: str, wanted, absent: list[dict], log) -> list[Server]:
+def start(run: dict, python: str, wanted, levels, absent: list[dict], log) -> list[Server]:
     chosen = [name for name in run["peers"] if not wanted or name in wanted]
-    servers = [Server(name, run, python) for name in chosen]
-    ready = []
+    servers, ready = [], []
+    for name in chosen:
+        level = name.partition("@")[2]
+        if not level or level in levels:
+            servers.append(Server(name, run, python))
+            continue
+        why = f"this processor does not run {level}"
+        absent.append(
+            {"peer": name, "shape": run["shape"], "dtype": run["dtype"], "why": why, "install": ""}
+        )
+        log(f"  {name}: absent: {why}")
     for server in servers:
         answer = server.read()
         if answer.get("ready"):
@@ -220,7 +241,7 @@ def main() -> int:
     config_path = options.config or HERE / f"config/{'quick' if options.quick else 'full'}.json"
     config = json.loads(config_path.read_text())
     wanted = set(options.peers.split(",")) if options.peers else None
-    if wanted and not wanted <= set(PEERS):
+    if wanted and not {name.partition("@")[0] for name in wanted} <= set(PEERS):
         parser.error(f"expected peers of {', '.join(PEERS)}, but got {options.peers}")
     venv = Path(os.environ.get("MOEC_PEERS", "/nonexistent")) / "venv/bin/python"
     python = str(venv) if venv.exists() else sys.executable
@@ -238,7 +259,7 @@ def main() -> int:
         size = 3 * run["H"] * run["F"] * run["E"] * (4 if run["dtype"] == "f32" else 2)
         run["banks"] = max(1, math.ceil(2 * cache / size))
         log(f"{run['shape']} {run['dtype']} {run['routing']}, {run['banks']} bank(s):")
-        servers = start(run, python, wanted, absent, log)
+        servers = start(run, python, wanted, machine["levels"], absent, log)
         try:
             rows += measure(run, servers, options.blocks or config["blocks"], log)
         finally:
@@ -249,7 +270,7 @@ def main() -> int:
     for row in rows:
         layer = Layer(row)
         inputs = layer.inputs(row["tokens"])
-        roof = roof_seconds(layer, inputs, row["tokens"], row["peer"] in DENSE, best)
+        roof = roof_seconds(layer, inputs, row["tokens"], row["peer"], best)
         row["roof_ms"], row["roof_share"] = roof * 1e3, roof * 1e3 / row["ms"]["median"]
     date = time.strftime("%Y-%m-%d", time.gmtime(begin))
     commit = subprocess.run(

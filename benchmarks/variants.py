@@ -4,7 +4,11 @@
     moec compile olmoe.json --layers 0 --checkpoint none --strategy b.json -o b.moec
     python benchmarks/variants.py a.moec b.moec [--tokens 1,8,64,512] [--seconds 4]
 
-All have the same layer and take the weights of the first, each as a copy of its own in huge pages.
+All have the same layer and take the weights of the first unless they have their own, each as a copy
+in huge pages or, after `=map`, as the mapped file:
+
+    python benchmarks/variants.py a.moec a.moec=map --tokens 1
+
 Experts are given, uniform, others in every call. In a block every folder runs the same calls, and a
 loop that only reads reads as many bytes as the chosen experts have. Printed: median time, quartiles
 of the ratio to the first folder block by block, share of the loop's rate, and whether the bits of
@@ -35,21 +39,24 @@ def quartiles(values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER[=copy|map]")
     parser.add_argument("--tokens", default="1,8,64,512")
     parser.add_argument("--routing", default="uniform", help="uniform, zipf or one-expert")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=4, help="for each number of tokens")
-    parser.add_argument("--load", default="copy", help="copy (huge pages) or map")
+    parser.add_argument("--load", default="copy", help="where a folder does not say: copy or map")
     options = parser.parse_args()
     tokens = [int(t) for t in options.tokens.split(",")]
     layers = []
     pool = moec.Pool(options.threads)
-    for folder in options.folders:
+    first = Path(options.folders[0].partition("=")[0])
+    for text in options.folders:
+        folder, _, load = text.partition("=")
+        own = Path(folder) / "weights"
         library = moec.load(
             folder,
-            weights=options.folders[0] / "weights",
-            load=options.load,
+            weights=own if own.is_dir() else first / "weights",
+            load=load or options.load,
             threads=pool,
             max_tokens=max(tokens),
         )
@@ -93,7 +100,7 @@ def main():
             share = statistics.median([r / m for r, m in zip(times[0], mine, strict=True)])
             gflops = shape.flops_per_token * count / statistics.median(mine) / 1e9
             print(
-                f"  {folder.name:24} {statistics.median(mine) * 1e3:9.3f} ms  "
+                f"  {Path(folder).name:24} {statistics.median(mine) * 1e3:9.3f} ms  "
                 f"{middle:.3f} ({low:.3f}-{high:.3f}) of the first  "
                 f"{share:4.0%} of the read rate  {gflops:4.0f} GFLOP/s"
                 + ("" if equal else "  OTHER BITS"),

@@ -1,4 +1,5 @@
-"""moec itself, experts given, and its own dense FFN of equal active parameters."""
+"""moec itself, experts given, and its own dense FFN of equal active parameters; `moec@LEVEL` is
+held to that CPU level."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 class Peer:
     def __init__(self, name: str, layer: Layer, run: dict):
+        name, _, level = name.partition("@")
         self.layer, self.dense = layer, name == "moec-dense"
         self.dtype = DTYPES[layer.dtype]
         self.version = moec.__version__
@@ -38,7 +40,7 @@ class Peer:
         library = moec.compile(
             spec,
             out=self.folder.name + "/bench.moec",
-            options={"cpu": "native", "checkpoint": "none"},
+            options={"cpu": level or "native", "checkpoint": "none"},
             load={"load": "none", "threads": run["threads"], "max_tokens": max(run["tokens"])},
         )
         self.banks = [library.layers[i] for i in range(layer.banks)]
