@@ -156,6 +156,9 @@ int moec_load_layer(const opening *o, moec_layer_state *layer) {
                     (unsigned long long)size, strerrordesc_np(errno));
       goto done;
     }
+    /* File systems with large pages in their cache map them as such. A hint, and before a byte is
+       touched: what the cache holds already stays as it is. */
+    (void)madvise(p, (size_t)size, MADV_HUGEPAGE);
     layer->memory = p;
     layer->memory_bytes = (size_t)size;
     layer->mapped = true;
