@@ -31,6 +31,7 @@ def machine_levels() -> list[str]:
     return levels if "x86-64-v3" in levels else []
 
 
+ALL_LEVELS = list(_FEATURES)
 LEVELS = machine_levels()
 
 

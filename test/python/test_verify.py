@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -14,13 +15,11 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-import test_transformers_rows
 import torch
 from conftest import LEVELS, driver, moec_command
 from moec._checkpoint import Checkpoint
 from moec.verify import main, verify
 from safetensors.torch import load_file, save_file
-from test_spec_models import CASES
 from test_spec_quantized import fp8_checkpoint, mxfp4_checkpoint
 
 PACKAGE = str(Path(__file__).resolve().parents[2] / "build/python")
@@ -39,8 +38,14 @@ def spoiled(source: Path, target: Path, change) -> Path:
     return target
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("row", ["mixtral", "qwen3_moe", "granitemoe"])
+@pytest.mark.parametrize(
+    "row, dtype",
+    [
+        *itertools.product(("mixtral", "qwen3_moe", "granitemoe"), ("f32", "bf16")),
+        ("jamba", "f32"),
+        ("olmoe", "f32"),  # the other rows: test_families.py
+    ],
+)
 def test_what_was_compiled(row, dtype, compiled):
     model = compiled(row, dtype)
     result = verify(model.path, model.checkpoint.path)
@@ -71,22 +76,6 @@ def test_other_files_of_the_same_weights(compiled, tmp_path):
     sharded = oracle.rewrite_sharded(model.checkpoint.path, tmp_path / "sharded")
     for against in (fused, sharded, model.checkpoint.path / "model.safetensors"):
         assert verify(model.path, against, transformers=False).ok
-
-
-@pytest.mark.parametrize(
-    "row", sorted(set(CASES) - {"llama", "mixtral", "qwen3_moe", "granitemoe"})
-)
-def test_every_row(row, tmp_path):
-    """Compiled from what transformers wrote, against float64 and transformers' own blocks."""
-    model = test_transformers_rows.make(row)
-    model.save_pretrained(tmp_path / "m")
-    moec_command("compile", tmp_path / "m", "-o", tmp_path / "m.moec", "--cpu=native", "--quiet")
-    result = verify(tmp_path / "m.moec", tmp_path / "m")
-    assert result.ok, result.table()
-    moe = [layer for layer in result.layers if layer.kind == "moe"]
-    assert moe and all(layer.same > 40 for layer in moe)
-    if row != "llama4_text":  # its experts are not dispatched
-        assert all(layer.transformers > 0 for layer in moe)
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.6.{}.weight"
