@@ -255,12 +255,12 @@ llvm::Expected<std::unique_ptr<StagedOutput>> StagedOutput::create(llvm::StringR
   if (::stat(parent.c_str(), &info))
     return osError(target, "an existing parent folder `" + parent + "`", errno);
   if (exists(target)) {
-    if (!force)
-      return makeError(ErrorCode::EXISTS, target, "a name that does not exist yet",
-                       kind == OutputKind::File ? "a file" : "an existing file or folder",
-                       "--force replaces it");
+    // What --force would not replace is said before --force is named.
     if (llvm::Error error = mayReplace(target, kind))
       return std::move(error);
+    if (!force)
+      return makeError(ErrorCode::EXISTS, target, "a name that does not exist yet",
+                       kind == OutputKind::File ? "a file" : "a folder", "--force replaces it");
   }
 
   // Left by a process that is dead: its lock can be taken. Held: somebody is writing right now.

@@ -320,6 +320,11 @@ static llvm::Error work(Request request) {
       return error;
   if (spec.layers.empty())
     return makeError(ErrorCode::CONFIG, model, "at least one layer", "none");
+  for (const LayerSpec &layer : spec.layers)
+    if (!request.pipeline.gpus.empty() && layer.compute != Format::BF16)
+      return makeError(ErrorCode::UNSUPPORTED, "--target cuda: " + layer.name,
+                       "a layer that computes in bf16", name(layer.compute),
+                       "--dtype bf16 converts the weights");
   // Before minutes of work: the assembler that its end needs.
   if (!request.pipeline.gpus.empty() && request.pipeline.to.empty() && !dryRunOption)
     if (auto ptxas = findPtxas(); !ptxas)
