@@ -113,6 +113,18 @@ def compiled(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session")
+def mock(tmp_path_factory):
+    """A folder with the hand-written module of test/Runtime as a library."""
+    folder = tmp_path_factory.mktemp("mock") / "mock.moec"
+    folder.mkdir()
+    root = Path(__file__).resolve().parents[2]
+    command = ["cc", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{root / 'include'}"]
+    source = root / "test" / "Runtime" / "mock.c"
+    subprocess.run([*command, source, "-o", folder / "libmock.so", "-lm"], check=True)
+    return folder
+
+
 @pytest.fixture
 def copy_of(tmp_path):
     """copy_of(folder): a copy that a test may spoil."""

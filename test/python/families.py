@@ -17,7 +17,7 @@ import torch
 import transformers
 from moec.reference import Reference, reference
 from safetensors.torch import save_file
-from test_spec_models import ATTENTION, CASES, child, experts_of
+from spec_models import ATTENTION, CASES, child, experts_of
 
 H, F, S, E, K = 40, 27, 45, 12, 3
 K1 = dict(intermediate_size=F, num_local_experts=E, num_experts_per_tok=K)
@@ -25,7 +25,7 @@ K2 = dict(moe_intermediate_size=F, num_experts=E, num_experts_per_tok=K)
 K3 = dict(moe_intermediate_size=F, n_routed_experts=E, num_experts_per_tok=K)
 QWEN = K2 | dict(shared_expert_intermediate_size=S)
 
-# name: row of the model table, what differs from the configuration of test_spec_models.CASES (whose
+# name: row of the model table, what differs from the configuration of spec_models.CASES (whose
 # layer rules are kept: every one of them makes dense and MoE layers where the family has both).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", QWEN),

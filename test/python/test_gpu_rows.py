@@ -13,7 +13,7 @@ import pytest
 import transformers
 from conftest import driver, moec_command
 from families import FAMILIES
-from test_spec_models import ATTENTION, CASES
+from spec_models import ATTENTION, CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 PTXAS = shutil.which("ptxas") or "/usr/local/cuda/bin/ptxas"

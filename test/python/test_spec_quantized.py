@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import moec_command
 from safetensors.torch import load_file, save_file
+from spec_models import check_weights, make
 from spec_tool import load, refused, weight
-from test_spec_models import check_weights, make
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]}

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from moec.reference import reference
-from test_spec_models import ATTENTION, CASES, experts_of
+from spec_models import ATTENTION, CASES, experts_of
 from test_transformers import cache, check_logits, ids_of, logits  # noqa: F401
 
 # llama has no experts; llama4's are not dispatched by transformers (no use_experts_implementation).
