@@ -16,7 +16,7 @@
      the caller passes a moec_error, its message says what was expected and what was got:
      "E-SHAPE: moec_run: x: expected [T, 2048], but got [4, 1024]". A failed call changes nothing,
      except that a failed moec_run may leave its outputs partly written.
-   - The results of one layer are equal bits, within one library and one CPU level, for any number
+   - The results of one layer are equal bits, within one library and one level, for any number
      of lanes, any executor, any max_tokens, any batch a token is in, and any repetition.
    - Every struct starts with its own size and only ever grows at its end: fill it with MOEC_INIT,
      then set what is wanted. Zero means default or not wanted. Flag bits that the library does not
@@ -43,7 +43,7 @@ extern "C" {
 /* Version of this interface, major << 16 | minor. The library's file name carries the major number
    (libmoec.so.<major>). The runtime opens generated code of its own major number whose minor number
    is not above its own (else E-ABI). */
-#define MOEC_ABI 0x00010002u
+#define MOEC_ABI 0x00010003u
 
 /* Clears the struct variable `v` and sets its struct_size. */
 #define MOEC_INIT(v) (memset(&(v), 0, sizeof(v)), (void)((v).struct_size = sizeof(v)))
@@ -134,7 +134,8 @@ typedef struct {
   int32_t load;          /* MOEC_MAP | MOEC_COPY | MOEC_NONE */
   int32_t verify;        /* 1: check the hash of every weight byte; 0: ids, sizes and headers */
   const char *cpu_level; /* highest level to use, as "x86-64-v4"; NULL: the best this machine and
-                            the library both have. MOEC_CPU is a second cap of the same form */
+                            the library both have. MOEC_CPU is a second cap of the same form.
+                            On a CUDA device: the level to use, as "sm_80" (MOEC_CPU is not read) */
 } moec_open_options;
 
 /* Opens the compiled model in folder `dir` (it holds exactly one lib*.so). `options` may be NULL.

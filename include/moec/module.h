@@ -86,8 +86,8 @@ typedef struct moec_layer_desc {
 /* ---- a GPU's code (since 1.1) ----
 
    The entries of a level "sm_80" have one stage, which enqueues kernels through frame->launcher:
-   grids, blocks and arguments follow from the frame alone. The kernels of all entries are in one
-   image, which the module has once per architecture. */
+   grids, blocks and arguments follow from the frame alone. The kernels of all entries of a level
+   are in one image, which the module has once per architecture. */
 
 /* One kernel launch. `arguments` are the addresses of the arguments' values, as cuLaunchKernel
    takes them; they are valid during the call only. */
@@ -120,10 +120,12 @@ typedef struct moec_gpu_launcher {
   void (*map)(void *self, const moec_gpu_map *view, void *map); /* 16 */
 } moec_gpu_launcher;
 
-enum { MOEC_IMAGE_CUBIN = 0, MOEC_IMAGE_PTX = 1 };
+/* MOEC_IMAGE_EXACT since 1.3 */
+enum { MOEC_IMAGE_CUBIN = 0, MOEC_IMAGE_PTX = 1, MOEC_IMAGE_EXACT = 2 };
 typedef struct moec_gpu_image {
-  int32_t kind;     /* MOEC_IMAGE_CUBIN: machine code of `arch`; MOEC_IMAGE_PTX: text for it and
-                       everything newer, ending in a zero byte */
+  int32_t kind;     /* MOEC_IMAGE_CUBIN: machine code of `arch` and later minor versions;
+                       MOEC_IMAGE_PTX: text for it and everything newer, ending in a zero byte;
+                       MOEC_IMAGE_EXACT: machine code of `arch` alone (sm_90a) */
   int32_t arch;     /* compute capability: 80 is 8.0 */
   const void *data; /* 8-byte aligned */
   uint64_t bytes;
@@ -133,6 +135,17 @@ typedef struct moec_gpu_kernel {
   const char *name;
   uint32_t threads, shared_bytes; /* of a block; the same in every launch */
 } moec_gpu_kernel;
+
+/* What runs the entries of a level of this name (moec_level_code.level). */
+enum { MOEC_GPU_MAPS = 1 };
+typedef struct moec_gpu_level {
+  const char *level; /* "sm_80" */
+  int32_t rank;   /* higher is better; the runtime takes the best that the device and driver can */
+  uint32_t needs; /* MOEC_GPU_MAPS: launches make tensor maps */
+  int32_t first_image, image_count; /* in moec_module.images */
+  int32_t first_kernel,
+      kernel_count; /* in moec_module.kernels; launches count from its beginning */
+} moec_gpu_level;
 
 struct moec_module {
   size_t struct_size;
@@ -144,6 +157,9 @@ struct moec_module {
   int32_t image_count, kernel_count;
   const moec_gpu_image *images;
   const moec_gpu_kernel *kernels;
+  /* Since 1.3, by rising rank; without it there is one level, which has everything: */
+  int32_t gpu_level_count, reserved3;
+  const moec_gpu_level *gpu_levels;
 };
 
 /* First tensor of every weight file, at file offset 4096. Little endian. */

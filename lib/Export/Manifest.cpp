@@ -107,10 +107,17 @@ std::string manifestText(const ManifestInput &input) {
     json.attributeArray("images", [&] {
       for (const mlir::moe::GPUImage &image : table.images)
         json.object([&] {
-          bool ptx = image.kind == MOEC_IMAGE_PTX;
-          json.attribute("kind", ptx ? "ptx" : "cubin");
-          json.attribute("arch", (ptx ? "compute_" : "sm_") + std::to_string(image.arch));
+          json.attribute("kind", image.kind == MOEC_IMAGE_PTX ? "ptx" : "cubin");
+          json.attribute("arch", image.name);
           json.attribute("bytes", static_cast<int64_t>(image.bytes.size()));
+        });
+    });
+    json.attributeArray("gpu_levels", [&] {
+      for (const mlir::moe::GPULevel &level : table.gpuLevels)
+        json.object([&] {
+          json.attribute("level", level.level);
+          json.attribute("images", level.imageCount);
+          json.attribute("kernels", level.kernelCount);
         });
     });
     json.attributeArray("kernels", [&] {

@@ -57,8 +57,8 @@ static std::string fuse(const PipelineOptions &options) {
 
 static std::string target(const PipelineOptions &options) {
   if (options.isGPU())
-    return "moe-gpu-attach-target{arch=" + options.gpu + "},moe-clone-variants" +
-           listOption("types", options.types);
+    return "moe-gpu-attach-target" + listOption("levels", options.gpuLevels) +
+           ",moe-clone-variants" + listOption("types", options.types);
   return "moe-attach-target" + listOption("levels", options.levels) + ",moe-clone-variants" +
          listOption("types", options.types);
 }
@@ -105,9 +105,12 @@ static std::string outline(const PipelineOptions &options) {
 
 static std::string codegen(const PipelineOptions &options) {
   std::string text;
-  if (options.isGPU())
-    text = "moe-gpu-lower-kernels,nvvm-attach-target{chip=" + options.gpu +
-           " O=3},gpu.module(convert-nvvm-to-llvm),gpu-module-to-binary{format=isa},";
+  if (options.isGPU()) {
+    text = "moe-gpu-lower-kernels,";
+    for (const std::string &level : options.gpuLevels)
+      text += "nvvm-attach-target{O=3 chip=" + level + " module=" + kernelsModuleName(level) + "},";
+    text += "gpu.module(convert-nvvm-to-llvm),gpu-module-to-binary{format=isa},";
+  }
   llvm::raw_string_ostream os(text);
   OpPassManager pm(ModuleOp::getOperationName());
   buildLowerToLLVM(pm);

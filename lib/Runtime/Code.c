@@ -80,10 +80,15 @@ static int check_entries(const opening *o, moec_layer_state *layer) {
   return 0;
 }
 
-int moec_choose_level(const opening *o, const moec_module *module, moec_layer_state *layer) {
+int moec_choose_level(const opening *o, const moec_model *m, moec_layer_state *layer) {
   const moec_layer_code *c = layer->desc->code;
-  if (moec_has_images(module)) {
-    layer->level = &c->levels[0];
+  if (m->level) {
+    for (int32_t i = 0; i < c->level_count; ++i)
+      if (!strcmp(c->levels[i].level, m->level))
+        layer->level = &c->levels[i];
+    if (!layer->level)
+      return moec_fail(o->error, MOEC_E_ABI, "%s: %s: expected entries of level %s, but got none",
+                       o->where, layer->desc->name, m->level);
     return check_entries(o, layer);
   }
   const char *lacks = NULL, *lacking = NULL;

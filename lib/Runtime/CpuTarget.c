@@ -217,7 +217,8 @@ static int cpu_status(moec_context *c, moec_error *error) {
 
 /* ---- host memory ---- */
 
-static int cpu_open(moec_model *m, const char *where, moec_error *error) {
+static int cpu_open(moec_model *m, const char *cap, const char *where, moec_error *error) {
+  (void)cap; /* levels are the layers' */
   if (!moec_has_images(m->module))
     return 0;
   return moec_fail(error, MOEC_E_ISA,

@@ -70,7 +70,7 @@ struct moec_gpu {
   int device;     /* the driver's handle */
   void *context;  /* its primary context: the one that torch and others use */
   void *module;   /* the image that was loaded */
-  void **kernels; /* as in moec_module.kernels */
+  void **kernels; /* as in moec_module.kernels; those of other levels are NULL */
   int32_t call_in, call_out, call_counts; /* places of these kernels */
   uint32_t forks;                         /* fork generation in which it was opened */
 };

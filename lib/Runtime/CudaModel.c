@@ -41,34 +41,47 @@ int moec_cuda_fail(const moec_model *m, int code, const char *where, const char 
 
 /* ---- code ---- */
 
-static void list_images(const moec_module *m, char *text, size_t size) {
+static void list_images(const moec_module *m, int32_t first, int32_t count, char *text,
+                        size_t size) {
   size_t n = 0;
   text[0] = 0;
-  for (int32_t i = 0; i < m->image_count && n < size; ++i)
-    n += (size_t)snprintf(text + n, size - n, "%s%s%d", i ? ", " : "",
+  for (int32_t i = first; i < first + count && n < size; ++i)
+    n += (size_t)snprintf(text + n, size - n, "%s%s%d%s", i > first ? ", " : "",
                           m->images[i].kind == MOEC_IMAGE_PTX ? "compute_" : "sm_",
-                          m->images[i].arch);
+                          m->images[i].arch, m->images[i].kind == MOEC_IMAGE_EXACT ? "a" : "");
 }
 
-/* Machine code runs on its own major version from its minor version on, PTX on everything newer. */
+/* Machine code runs on its own major version from its minor version on, that for an architecture
+   with all its features on no other; PTX on everything newer. */
 static bool fits(const moec_gpu_image *image, int arch) {
-  if (image->kind == MOEC_IMAGE_PTX)
-    return image->arch <= arch;
-  return image->kind == MOEC_IMAGE_CUBIN && image->arch / 10 == arch / 10 && image->arch <= arch;
+  switch (image->kind) {
+  case MOEC_IMAGE_EXACT:
+    return image->arch == arch;
+  case MOEC_IMAGE_CUBIN:
+    return image->arch / 10 == arch / 10 && image->arch <= arch;
+  default:
+    return image->kind == MOEC_IMAGE_PTX && image->arch <= arch;
+  }
 }
 
-/* The best image that the driver takes: newest machine code first, then the newest PTX. */
-static int load_image(moec_model *m, int arch, const char *where, moec_error *error) {
+/* The best image of the level that the driver takes: newest machine code first, then the newest
+   PTX. */
+static int load_image(moec_model *m, const moec_gpu_level *level, bool wanted, int arch,
+                      const char *where, moec_error *error) {
   const moec_module *module = m->module;
   struct moec_gpu *gpu = m->gpu;
   char have[160], text[80] = "";
-  list_images(module, have, sizeof have);
+  if (wanted)
+    list_images(module, level->first_image, level->image_count, have, sizeof have);
+  else
+    list_images(module, 0, module->image_count, have, sizeof have);
+  static const int32_t kinds[] = {MOEC_IMAGE_EXACT, MOEC_IMAGE_CUBIN, MOEC_IMAGE_PTX};
   int refusal = 0;
-  for (int32_t kind = MOEC_IMAGE_CUBIN; kind <= MOEC_IMAGE_PTX; ++kind)
+  for (int32_t k = 0; k < 3; ++k)
     for (int a = arch; a > 0; --a)
-      for (int32_t i = 0; i < module->image_count; ++i) {
-        const moec_gpu_image *image = &module->images[i];
-        if (image->kind != kind || image->arch != a || !fits(image, arch))
+      for (int32_t i = 0; i < level->image_count; ++i) {
+        const moec_gpu_image *image = &module->images[level->first_image + i];
+        if (image->kind != kinds[k] || image->arch != a || !fits(image, arch))
           continue;
         const int code = gpu->cuda->module_load(&gpu->module, image->data);
         if (!code)
@@ -81,8 +94,9 @@ static int load_image(moec_model *m, int arch, const char *where, moec_error *er
   if (!refusal)
     return moec_fail(error, MOEC_E_ARCH,
                      "%s: expected code for CUDA device %d (compute capability %d.%d), but got a "
-                     "library with %s",
-                     where, m->device.device_id, arch / 10, arch % 10, have);
+                     "library with %s%s%s",
+                     where, m->device.device_id, arch / 10, arch % 10, have,
+                     wanted ? " for level " : "", wanted ? level->level : "");
   moec_cuda_text(gpu->cuda, refusal, text);
   if (refusal == CUDA_ERROR_UNSUPPORTED_PTX_VERSION || refusal == CUDA_ERROR_INVALID_PTX)
     return moec_fail(error, MOEC_E_DRIVER_OLD,
@@ -93,7 +107,8 @@ static int load_image(moec_model *m, int arch, const char *where, moec_error *er
                    where, have, text);
 }
 
-static int find_kernels(moec_model *m, const char *where, moec_error *error) {
+static int find_kernels(moec_model *m, const moec_gpu_level *level, const char *where,
+                        moec_error *error) {
   const moec_module *module = m->module;
   struct moec_gpu *gpu = m->gpu;
   const moec_cuda_driver *cuda = gpu->cuda;
@@ -104,7 +119,7 @@ static int find_kernels(moec_model *m, const char *where, moec_error *error) {
   if (!gpu->kernels)
     return moec_fail(error, MOEC_E_MEMORY, "%s: expected memory, but got none", where);
   gpu->call_in = gpu->call_out = gpu->call_counts = -1;
-  for (int32_t i = 0; i < module->kernel_count; ++i) {
+  for (int32_t i = level->first_kernel; i < level->first_kernel + level->kernel_count; ++i) {
     const moec_gpu_kernel *k = &module->kernels[i];
     if (k->shared_bytes > (uint32_t)most)
       return moec_fail(error, MOEC_E_ARCH,
@@ -136,7 +151,77 @@ static int find_kernels(moec_model *m, const char *where, moec_error *error) {
   return 0;
 }
 
-static int cuda_open(moec_model *m, const char *where, moec_error *error) {
+static int load_level(moec_model *m, const moec_gpu_level *level, bool wanted, int arch,
+                      const char *where, moec_error *error) {
+  struct moec_gpu *gpu = m->gpu;
+  if (level->needs & ~(uint32_t)MOEC_GPU_MAPS)
+    return moec_fail(error, MOEC_E_ABI,
+                     "%s: level %s: expected needs of at most 0x%x, but got 0x%x", where,
+                     level->level, MOEC_GPU_MAPS, level->needs);
+  if ((level->needs & MOEC_GPU_MAPS) && !gpu->cuda->encode_map)
+    return moec_fail(error, MOEC_E_DRIVER_OLD,
+                     "%s: expected a driver for CUDA 12.0 or later, which makes the tensor maps of "
+                     "level %s, but got one without cuTensorMapEncodeTiled",
+                     where, level->level);
+  int r = load_image(m, level, wanted, arch, where, error);
+  if (!r)
+    r = find_kernels(m, level, where, error);
+  if (!r)
+    m->level = level->level;
+  return r;
+}
+
+/* What load_level has loaded, for the next level. */
+static void unload_level(struct moec_gpu *gpu) {
+  if (gpu->module)
+    (void)gpu->cuda->module_unload(gpu->module);
+  gpu->module = NULL;
+  free(gpu->kernels);
+  gpu->kernels = NULL;
+}
+
+/* The best level that the device and the driver can run, or the one that the user wants. */
+static int choose_level(moec_model *m, const char *cap, int arch, const char *where,
+                        moec_error *error) {
+  const moec_module *module = m->module;
+  /* Of code before 1.3: one level, whose tensor maps came with 1.2. */
+  const moec_gpu_level only = {module->layer_count ? module->layers[0].code->levels[0].level : "",
+                               0,
+                               (module->abi & 0xffff) >= 2 ? MOEC_GPU_MAPS : 0,
+                               0,
+                               module->image_count,
+                               0,
+                               module->kernel_count};
+  const moec_gpu_level *levels = &only;
+  int32_t count = 1;
+  if (module->struct_size >= sizeof *module && module->gpu_level_count > 0) {
+    levels = module->gpu_levels;
+    count = module->gpu_level_count;
+  }
+  int r = -1;
+  for (int32_t i = count; r && i-- > 0;) {
+    if (cap && strcmp(levels[i].level, cap))
+      continue;
+    unload_level(m->gpu);
+    r = load_level(m, &levels[i], cap != NULL, arch, where, error);
+    /* Another level may do without what this one lacks. */
+    if (r && r != MOEC_E_ARCH && r != MOEC_E_DRIVER_OLD)
+      return r;
+  }
+  if (r >= 0)
+    return r;
+  char have[160];
+  size_t n = 0;
+  have[0] = 0;
+  for (int32_t i = 0; i < count && n < sizeof have; ++i)
+    n += (size_t)snprintf(have + n, sizeof have - n, "%s%s", i ? ", " : "", levels[i].level);
+  return moec_fail(error, MOEC_E_ARCH,
+                   "%s: cpu_level: expected a level of the library (%s) for a CUDA device, but got "
+                   "\"%s\"",
+                   where, have, cap);
+}
+
+static int cuda_open(moec_model *m, const char *cap, const char *where, moec_error *error) {
   if (!moec_has_images(m->module))
     return moec_fail(error, MOEC_E_ARCH,
                      "%s: expected a library with code for GPUs, but got one for CPUs; compile the "
@@ -172,9 +257,7 @@ static int cuda_open(moec_model *m, const char *where, moec_error *error) {
   }
   if ((r = moec_cuda_enter(m, where, error)))
     return r;
-  r = load_image(m, major * 10 + minor, where, error);
-  if (!r)
-    r = find_kernels(m, where, error);
+  r = choose_level(m, cap, major * 10 + minor, where, error);
   moec_cuda_leave(m);
   return r;
 }
@@ -186,7 +269,7 @@ static void cuda_close(moec_model *m) {
   /* In a child of fork nothing of the driver may be called: what it holds is the parent's. */
   if (gpu->context && gpu->forks == moec_fork_generation()) {
     if (gpu->module && !moec_cuda_enter(m, "moec_close", NULL)) {
-      (void)gpu->cuda->module_unload(gpu->module);
+      unload_level(gpu);
       moec_cuda_leave(m);
     }
     (void)gpu->cuda->release(gpu->device);

@@ -93,8 +93,9 @@ typedef struct moec_target {
   uint32_t alignment;  /* of a workspace and everything in it */
   bool has_lanes;      /* runs on an executor */
   uint32_t more_bytes; /* of a workspace: the end of it, for `attach` */
-  /* Of a model whose code was checked: finds the device, loads code. `close` undoes it. */
-  int (*open)(moec_model *, const char *where, moec_error *);
+  /* Of a model whose code was checked: finds the device, loads code. `close` undoes it. `cap` is a
+     level for it to take, of the user's, or NULL. */
+  int (*open)(moec_model *, const char *cap, const char *where, moec_error *);
   void (*close)(moec_model *);
   /* The weights of a layer were loaded into host memory: brings them to the device. */
   int (*place)(moec_model *, moec_layer_state *, const char *where, moec_error *);
@@ -129,6 +130,7 @@ struct moec_model {
   const moec_target *target;
   DLDevice device;
   struct moec_gpu *gpu; /* of the target */
+  const char *level;    /* of every layer, where the target has chosen it; else NULL */
   const moec_module *module;
   void *handle; /* dlopen */
   int32_t layer_count;
@@ -137,7 +139,7 @@ struct moec_model {
 
 /* Code of a GPU. */
 static inline bool moec_has_images(const moec_module *m) {
-  return m->struct_size >= sizeof *m && m->image_count > 0;
+  return m->struct_size >= offsetof(moec_module, gpu_level_count) && m->image_count > 0;
 }
 uint64_t moec_weight_packed_bytes(const moec_weight_desc *w);
 int moec_format_dtype(const char *format); /* MOEC_DT_F32 | MOEC_DT_BF16, -1: neither */

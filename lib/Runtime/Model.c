@@ -45,23 +45,22 @@ static int check_options(opening *o, const moec_open_options *options, const cha
       return moec_fail(e, MOEC_E_UNSUPPORTED,
                        "%s: device: expected the CPU or a CUDA device, but got device type %d", w,
                        (int)device.device_type);
-    if (device.device_type == kDLCUDA && options->cpu_level)
-      return moec_fail(e, MOEC_E_ARGUMENT,
-                       "%s: cpu_level: expected NULL for a CUDA device, but got \"%s\"", w,
-                       options->cpu_level);
-    if (device.device_type == kDLCUDA)
+    if (device.device_type == kDLCUDA) {
       o->device = device;
-    else if (device.device_id != 0)
+      o->gpu_cap = options->cpu_level;
+    } else if (device.device_id != 0)
       return moec_fail(e, MOEC_E_NO_DEVICE, "%s: device: expected CPU 0, but got CPU %d", w,
                        device.device_id);
     o->load = options->load;
     o->verify = options->verify;
     *weights = options->weights;
+    if (device.device_type == kDLCUDA) /* MOEC_CPU is none of its business */
+      return 0;
     r = moec_read_cap(o, options->cpu_level, "cpu_level");
     if (r)
       return r;
   }
-  return o->device.device_type == kDLCUDA ? 0 : moec_read_cap(o, getenv("MOEC_CPU"), "MOEC_CPU");
+  return moec_read_cap(o, getenv("MOEC_CPU"), "MOEC_CPU");
 }
 
 /* Takes over `handle`, which is closed on failure. */
@@ -84,7 +83,7 @@ static int open_checked(opening *o, const moec_module *module, void *handle, moe
   if (!m->layers)
     r = moec_fail(e, MOEC_E_MEMORY, "%s: expected memory, but got none", o->where);
   if (!r)
-    r = m->target->open(m, o->where, e);
+    r = m->target->open(m, o->gpu_cap, o->where, e);
   o->weights_fd = -1;
   if (!r && o->load != MOEC_NONE) {
     o->weights_fd = open(o->weights, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -94,7 +93,7 @@ static int open_checked(opening *o, const moec_module *module, void *handle, moe
   }
   for (int32_t i = 0; !r && i < m->layer_count; ++i) {
     m->layers[i].desc = &module->layers[i];
-    r = moec_choose_level(o, module, &m->layers[i]);
+    r = moec_choose_level(o, m, &m->layers[i]);
     if (!r && o->load == MOEC_NONE)
       r = moec_expect_weights(o, &m->layers[i]);
     else if (!r && !(r = moec_load_layer(o, &m->layers[i])))
@@ -112,7 +111,7 @@ static int open_checked(opening *o, const moec_module *module, void *handle, moe
 
 int moec_open_module(const moec_module *module, const moec_open_options *options, moec_model **out,
                      moec_error *error) {
-  opening o = {"moec_open_module", NULL, -1, MOEC_MAP, 0, NULL, error, moec_host};
+  opening o = {"moec_open_module", NULL, -1, MOEC_MAP, 0, NULL, error, moec_host, NULL};
   if (out)
     *out = NULL;
   if (!out || !module)
@@ -130,7 +129,7 @@ int moec_open_module(const moec_module *module, const moec_open_options *options
 
 int moec_open(const char *dir, const moec_open_options *options, moec_model **out,
               moec_error *error) {
-  opening o = {"moec_open", NULL, -1, MOEC_MAP, 0, NULL, error, moec_host};
+  opening o = {"moec_open", NULL, -1, MOEC_MAP, 0, NULL, error, moec_host, NULL};
   if (out)
     *out = NULL;
   if (!out || !dir)

@@ -15,6 +15,7 @@ typedef struct {
   const moec_level_info *cap; /* NULL: none */
   moec_error *error;
   DLDevice device;
+  const char *gpu_cap; /* NULL: none */
 } opening;
 
 /* ---- files of a folder (Folder.c) ---- */
@@ -37,8 +38,8 @@ int moec_check_elf(const char *where, const char *path, const char *name, int fd
 int moec_check_module(const opening *o, const moec_module *m);
 /* Takes a name of a level, of the user's, for the highest that may run. */
 int moec_read_cap(opening *o, const char *name, const char *source);
-/* Code of a GPU has one level; which image of it runs is the target's to find out. */
-int moec_choose_level(const opening *o, const moec_module *module, moec_layer_state *layer);
+/* That of the model, if its target has chosen one. */
+int moec_choose_level(const opening *o, const moec_model *m, moec_layer_state *layer);
 
 /* ---- weights of one layer (LayerWeights.c) ---- */
 

@@ -75,11 +75,13 @@ def _target(device: str) -> dict[str, str]:
     known = torch.cuda.is_available()
     major, minor = torch.cuda.get_device_capability(number) if known else (8, 0)
     name = f"sm_{major}{minor}"
-    return {"target": "cuda", "gpu": name if name in _ARCHITECTURES else "sm_80"}
+    # A 9.0 has a level of its own, which needs a driver for CUDA 12.
+    names = {"sm_90": "sm_90,sm_90a"}.get(name, name if name in _ARCHITECTURES else "sm_80")
+    return {"target": "cuda", "gpu": names}
 
 
 # What moec compile --gpu assembles the kernels of sm_80 for.
-_ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
+_ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89")
 
 
 def _compile(spec: Mapping[str, Any], folder: Path, target: Mapping[str, str], device: str) -> None:

@@ -42,7 +42,7 @@ def load(
                 of its own; or an executor, as moec.Pool(8). No result depends on it
     verify      check the hash of every weight byte
     cpu_level   highest level to use, as "x86-64-v3"; None: the best there is. The environment
-                variable MOEC_CPU is a second cap
+                variable MOEC_CPU is a second cap. On a GPU: the level to use, as "sm_80"
     max_tokens  bounds the workspace: more tokens are run in chunks, with the same bits; 0: 512
 
     A library may be pickled (it is opened again by its path) and used after fork.

@@ -45,8 +45,54 @@ static const moec_gpu_image images[] = {{MOEC_IMAGE_CUBIN, 80, text, sizeof text
                                         {MOEC_IMAGE_PTX, 80, text, sizeof text}};
 static const moec_gpu_kernel kernels[] = {
     {"layer_up", 128, 65536}, {"call_in", 256, 0}, {"call_out", 256, 0}, {"call_counts", 256, 32}};
-static moec_module module = {
-    sizeof(moec_module), MOEC_ABI, 0, "gpu", "0.0.0", 1, 0, layers, 3, 4, images, kernels};
+/* As it was before there were levels. */
+static moec_module module = {offsetof(moec_module, gpu_level_count),
+                             0x00010001,
+                             0,
+                             "gpu",
+                             "0.0.0",
+                             1,
+                             0,
+                             layers,
+                             3,
+                             4,
+                             images,
+                             kernels,
+                             0,
+                             0,
+                             NULL};
+
+/* Two levels, each with its kernels and images. */
+static void enqueue_hopper(moec_frame *f, int32_t lane, int32_t lanes) {
+  (void)lane, (void)lanes;
+  void *arguments[] = {&f->x, &f->y, &f->tokens};
+  moec_gpu_launch launch = {"hopper_up", 7, 200 * 1024, {1, 1, 1}, {384, 1, 1}, NULL};
+  launch.arguments = arguments;
+  f->launcher->launch(f->launcher->self, &launch);
+}
+static const moec_stage_fn hopper_stages[] = {enqueue_hopper};
+static const moec_entry hopper_entries[] = {{0, 1, 1, 1, hopper_stages, bytes_of}};
+static const moec_level_code both_levels[] = {{"sm_80", 80, 4, entries},
+                                              {"sm_90a", 90, 1, hopper_entries}};
+static const moec_layer_code both_code = {0, MOEC_DT_BF16, H, F, E,       K,          0, 0, 0,
+                                          0, 11040,        3, 2, weights, both_levels};
+static const moec_layer_desc both_layers[] = {
+    {"model.layers.0.mlp", "model.layers.0.mlp.safetensors", 0, 0, &both_code, {1, 9}}};
+static const char hopper_text[] =
+    ".entry hopper_up .entry call_in .entry call_out .entry call_counts";
+static const moec_gpu_image both_images[] = {
+    {MOEC_IMAGE_CUBIN, 80, text, sizeof text},
+    {MOEC_IMAGE_PTX, 80, text, sizeof text},
+    {MOEC_IMAGE_EXACT, 90, hopper_text, sizeof hopper_text}};
+static const moec_gpu_kernel both_kernels[] = {
+    {"layer_up", 128, 65536}, {"call_in", 256, 0},           {"call_out", 256, 0},
+    {"call_counts", 256, 32}, {"call_in", 256, 0},           {"call_out", 256, 0},
+    {"call_counts", 256, 32}, {"hopper_up", 384, 200 * 1024}};
+static const moec_gpu_level gpu_levels[] = {{"sm_80", 80, 0, 0, 2, 0, 4},
+                                            {"sm_90a", 90, MOEC_GPU_MAPS, 2, 1, 4, 4}};
+static moec_module both = {sizeof(moec_module), MOEC_ABI, 0, "gpu",       "0.0.0",      1, 0,
+                           both_layers,         3,        8, both_images, both_kernels, 2, 0,
+                           gpu_levels};
 
 /* ---- the stub, found in the library that was loaded first ---- */
 
@@ -118,7 +164,7 @@ static void set_weights(moec_model *m) {
 static void test_open(void) {
   moec_model *m = NULL;
   const stub_machine none = {0, 8, 0, 12080, 166912, 0}, turing = {1, 7, 5, 12080, 65536, 0};
-  const stub_machine small = {1, 8, 9, 12080, 49152, 0}, hopper = {1, 9, 0, 12080, 232448, 0};
+  const stub_machine small = {1, 8, 9, 12080, 49152, 0}, newer = {1, 9, 0, 12080, 232448, 0};
   /* The driver is started once for a process that succeeded: the failures come first. */
   const stub_machine old = {1, 8, 0, 10020, 166912, 0};
   reset(&old);
@@ -140,7 +186,7 @@ static void test_open(void) {
         "CUDA device 0 with 49152");
   CHECK(!m && !used() && !held());
 
-  reset(&hopper); /* no cubin of 9.0: PTX */
+  reset(&newer); /* no cubin of 9.0: PTX */
   OK(open_on(0, &m));
   CHECK(calls("cuModuleLoadData") == 1 && calls("cuModuleGetFunction") == 4);
   CHECK(calls("cuFuncSetAttribute") == 1 && calls("cuFuncLoad") == 4);
@@ -176,11 +222,116 @@ static void test_open(void) {
   FAILS(moec_open_module(&module, &o, &m, &err), ISA, "but got code for GPUs");
   o.device.device_type = kDLCUDA;
   o.cpu_level = "x86-64-v3";
-  FAILS(moec_open_module(&module, &o, &m, &err), ARGUMENT, "expected NULL for a CUDA device");
+  FAILS(moec_open_module(&module, &o, &m, &err), ARCH,
+        "cpu_level: expected a level of the library (sm_80) for a CUDA device, but got "
+        "\"x86-64-v3\"");
   o.cpu_level = NULL;
   FAILS(moec_open_module(&mock_moec_module, &o, &m, &err), ARCH, "but got one for CPUs");
   o.device.device_type = kDLMetal;
   FAILS(moec_open_module(&module, &o, &m, &err), UNSUPPORTED, "but got device type 8");
+}
+
+/* ---- levels ---- */
+
+static char order[512];
+
+static int launched_hopper(const char *kernel, const uint32_t grid[3], const uint32_t block[3],
+                           uint32_t shared, void *const *arguments) {
+  (void)grid, (void)arguments;
+  snprintf(order, sizeof order, "%s %u %u", kernel, block[0], shared);
+  return 0;
+}
+
+/* The level that a model is opened at; "" where it is not. */
+static const char *level_on(const char *cap, moec_model **m) {
+  moec_open_options o;
+  MOEC_INIT(o);
+  o.load = MOEC_NONE;
+  o.device.device_type = kDLCUDA;
+  o.cpu_level = cap;
+  if (moec_open_module(&both, &o, m, &err))
+    return "";
+  moec_layer_info info;
+  MOEC_INIT(info);
+  OK(moec_get_layer_info(*m, 0, &info, &err));
+  return info.level;
+}
+
+static const stub_machine hopper = {1, 9, 0, 12080, 232448, 0};
+static const stub_machine blackwell = {1, 10, 0, 12080, 232448, 0};
+
+static void expect_level(const stub_machine *machine, const char *cap, const char *level) {
+  moec_model *m = NULL;
+  reset(machine);
+  const char *got = level_on(cap, &m);
+  if (strcmp(got, level))
+    fprintf(stderr, "level \"%s\", not \"%s\": %s\n", got, level, err.message);
+  CHECK(!strcmp(got, level));
+  moec_close(m);
+  CHECK(!used() && !held());
+}
+
+static void test_levels(void) {
+  moec_model *m = NULL;
+  const stub_machine turing = {1, 7, 5, 12080, 65536, 0}, little = {1, 9, 0, 12080, 101376, 0};
+  setenv("MOEC_CPU", "x86-64-v3", 1); /* of CPUs alone */
+  expect_level(NULL, NULL, "sm_80");  /* a device 8.0 */
+  expect_level(&hopper, NULL, "sm_90a");
+  expect_level(&blackwell, NULL, "sm_80"); /* by PTX: code of sm_90a runs on 9.0 alone */
+  expect_level(&hopper, "sm_80", "sm_80");
+  expect_level(&hopper, "sm_90a", "sm_90a");
+  expect_level(&little, NULL, "sm_80"); /* too little shared memory for the better one */
+  unsetenv("MOEC_CPU");
+  reset(NULL);
+  CHECK(!*level_on("sm_90a", &m));
+  CHECK(strstr(err.message, "(compute capability 8.0), but got a library with sm_90a for level "
+                            "sm_90a"));
+  CHECK(!*level_on("x86-64-v4", &m));
+  CHECK(strstr(err.message, "expected a level of the library (sm_80, sm_90a) for a CUDA device, "
+                            "but got \"x86-64-v4\""));
+  reset(&turing);
+  CHECK(!*level_on(NULL, &m) && err.code == MOEC_E_ARCH);
+  CHECK(strstr(err.message, "but got a library with sm_80, compute_80, sm_90a"));
+  /* A driver that refuses the better code; one that has no memory for it is said. */
+  reset(&hopper);
+  fail("cuModuleLoadData", 209, 0, 0);
+  CHECK(!strcmp(level_on(NULL, &m), "sm_80"));
+  CHECK(calls("cuModuleLoadData") == 2);
+  moec_close(m);
+  fail("cuModuleLoadData", 2, 0, 0);
+  CHECK(!*level_on(NULL, &m) && err.code == MOEC_E_DEVICE_MEMORY);
+  /* The launches of a level are those of its kernels, with the call kernels of its image. */
+  const stub_hooks hooks = {NULL, launched_hopper, NULL, NULL};
+  reset(&hopper);
+  hook(&hooks);
+  CHECK(!strcmp(level_on(NULL, &m), "sm_90a"));
+  CHECK(calls("cuModuleGetFunction") == 4 && calls("cuFuncLoad") == 4);
+  set_weights(m);
+  moec_context *c = NULL;
+  OK(moec_context_create(m, NULL, &c, &err));
+  uint16_t *x = (uint16_t *)device_memory(H * 2), *y = (uint16_t *)device_memory(H * 2);
+  tensor tx, ty;
+  moec_call call;
+  MOEC_INIT(call);
+  call.x = on_device(make2(&tx, x, BF16, 1, H), 0);
+  call.y = on_device(make2(&ty, y, BF16, 1, H), 0);
+  OK(moec_run(c, 0, &call, &err));
+  CHECK(!strcmp(order, "hopper_up 384 204800"));
+  order[0] = 0;
+  device_free((uintptr_t)x), device_free((uintptr_t)y);
+  moec_context_destroy(c);
+  moec_close(m);
+  CHECK(!used() && !held());
+}
+
+/* With a driver that is older than tensor maps. */
+static int test_without_maps(void) {
+  expect_level(&hopper, NULL, "sm_80");
+  moec_model *m = NULL;
+  CHECK(!*level_on("sm_90a", &m) && err.code == MOEC_E_DRIVER_OLD);
+  CHECK(strstr(err.message, "which makes the tensor maps of level sm_90a, but got one without "
+                            "cuTensorMapEncodeTiled"));
+  return finish("cuda old");
 }
 
 /* ---- weights and workspaces: what is refused is freed, and the rest goes on ---- */
@@ -261,7 +412,6 @@ static void test_memory(void) {
 
 /* ---- calls ---- */
 
-static char order[512];
 static int64_t rows;
 static uint64_t *report; /* the status word of the context */
 
@@ -409,8 +559,8 @@ static void test_calls(void) {
 }
 
 int main(int argc, char **argv) {
-  if (argc != 2)
-    return fprintf(stderr, "usage: cuda STUB\n"), 2;
+  if (argc != 2 && argc != 3)
+    return fprintf(stderr, "usage: cuda STUB [old]\n"), 2;
   moec_model *m = NULL;
   void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (driver) /* of this machine: the stub cannot take its place */
@@ -418,7 +568,10 @@ int main(int argc, char **argv) {
   FAILS(open_on(0, &m), NO_DRIVER, "expected the CUDA driver (libcuda.so.1), but got: ");
   if (!load_stub(argv[1]))
     return 2;
+  if (argc == 3)
+    return test_without_maps();
   test_open();
+  test_levels();
   test_memory();
   test_calls();
   return finish("cuda");

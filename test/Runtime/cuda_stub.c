@@ -85,7 +85,9 @@ API void *stub_stream(void) { return stream; }
 
 /* For programs that cannot call the functions above. */
 __attribute__((constructor)) static void read_environment(void) {
-  const char *memory = getenv("MOEC_STUB_MEMORY");
+  const char *memory = getenv("MOEC_STUB_MEMORY"), *arch = getenv("MOEC_STUB_ARCH");
+  if (arch && sscanf(arch, "%d.%d", &machine.major, &machine.minor) == 2 && machine.major >= 9)
+    machine.shared = 232448;
   if (memory)
     machine.memory = (size_t)strtoull(memory, NULL, 10);
 }
@@ -312,7 +314,7 @@ typedef struct node {
   struct node *next;
   char kernel[256]; /* empty: a memset */
   uint32_t grid[3], threads[3], shared;
-  uint64_t arguments[32];
+  _Alignas(64) unsigned char arguments[32][128]; /* a tensor map is the largest */
   void *places[32];
   uint64_t to;
   size_t step, width, rows;
@@ -324,7 +326,8 @@ typedef struct {
 static graph *captured;
 
 static node *append(void) {
-  node *n = calloc(1, sizeof *n);
+  node *n = aligned_alloc(64, sizeof *n);
+  memset(n, 0, sizeof *n);
   *captured->last = n;
   captured->last = &n->next;
   return n;
@@ -396,16 +399,17 @@ API int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsig
     uint32_t count = 0;
     const uint32_t *sizes = hooks.sizes ? hooks.sizes(kernel, &count) : NULL;
     for (uint32_t i = 0; i < count && i < 32; ++i) {
-      if (sizes[i] > sizeof n->arguments[i]) /* a tensor map */
+      if (sizes[i] > sizeof n->arguments[i])
         return INVALID_VALUE;
-      memcpy(&n->arguments[i], arguments[i], sizes[i]);
-      n->places[i] = &n->arguments[i];
+      memcpy(n->arguments[i], arguments[i], sizes[i]);
+      n->places[i] = n->arguments[i];
     }
     return count > 32 ? INVALID_VALUE : 0;
   }
   return hooks.launch ? hooks.launch(kernel, grid, threads, shared, arguments) : 0;
 }
 
+#ifndef STUB_WITHOUT_MAPS
 API int cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *base,
                                const uint64_t *sizes, const uint64_t *strides, const uint32_t *box,
                                const uint32_t *steps, int interleave, int swizzle, int promotion,
@@ -426,6 +430,7 @@ API int cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *base,
   memset(map, 0, 128);
   return hooks.map ? hooks.map(&view, map) : 0;
 }
+#endif
 
 /* ---- streams, graphs and events: a replay launches what was captured; nothing takes time ---- */
 

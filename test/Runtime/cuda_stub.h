@@ -1,8 +1,8 @@
 /* A CUDA driver that is none, for tests: device memory is host memory, launches are recorded or
    handed to a function. Built as a library with the SONAME of the real one, so that whoever loads
    it first makes it the process's driver. In the environment of programs that know nothing of it:
-   MOEC_STUB_MEMORY=bytes of the device, MOEC_STUB_EXECUTOR=library:kernels.mlir (the SIMT executor,
-   which then runs what is launched). */
+   MOEC_STUB_MEMORY=bytes of the device, MOEC_STUB_ARCH=9.0, MOEC_STUB_EXECUTOR=library:kernels.mlir
+   (the SIMT executor, which then runs what is launched). */
 #ifndef MOEC_TEST_CUDA_STUB_H
 #define MOEC_TEST_CUDA_STUB_H
 #include <stddef.h>

@@ -217,4 +217,4 @@ static const moec_layer_desc layers[] = {
     {"model.layers.3.mlp", "model.layers.3.mlp.safetensors", 3, 0, &codes[2], {4, 7}}};
 
 __attribute__((visibility("default"))) const moec_module mock_moec_module = {
-    sizeof(moec_module), MOEC_ABI, 0, "mock", "0.0.0", MOCK_LAYERS, 0, layers, 0, 0, 0, 0};
+    sizeof(moec_module), MOEC_ABI, 0, "mock", "0.0.0", MOCK_LAYERS, 0, layers, 0, 0, 0, 0, 0, 0, 0};

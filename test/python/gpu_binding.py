@@ -65,19 +65,19 @@ class CudaArray(Array):
     __dlpack_c_exchange_api__ = CAPSULE
 
 
-def main(build, library, kernels):
-    machine = Machine(Path(build), kernels)
+def main(build, library, kernels, level):
+    machine = Machine(Path(build), kernels, "9.0")
     machine.stub.stub_stream.restype = c_void_p
     layer, wrong = LAYER, []
     rng = np.random.default_rng(1)
     T = 6
     x = to_bf16(rng.standard_normal((T, layer.H)))
-    opened = moec.load(library, load="none", device="cuda:0", max_tokens=4)
+    opened = moec.load(library, load="none", device="cuda:0", max_tokens=4, cpu_level=level)
     block = opened.layers[0]
     gate_up = layer.gate_up.reshape(layer.E, -1, layer.H)
     for role, values in {"router": layer.router, "gate_up": gate_up, "down": layer.down}.items():
         block.set_weight(role, np.ascontiguousarray(values, np.float32))
-    if block.info.level != "sm_80":
+    if block.info.level != level:
         wrong.append(f"level {block.info.level}")
     _, weights, experts = gpu_layers.route(layer, x)
     expected, size = gpu_layers.experts_sum(layer, x, experts, weights)

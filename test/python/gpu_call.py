@@ -1,10 +1,11 @@
 """A compiled library through the C interface on a GPU that is none: the stub of the CUDA driver
 (test/Runtime) with the SIMT executor behind it. A process of its own: the stub is its CUDA driver.
 
-    python gpu_call.py BUILD LIBRARY KERNELS.mlir
+    python gpu_call.py BUILD LIBRARY KERNELS.mlir [DEVICE [LEVEL]]
 
-exits with 1 and a sentence for everything that is wrong. The model is LAYER, whose router knows the
-first two layers; see test_gpu_call.py.
+on a device of compute capability DEVICE (8.0), of which the library's code has to take LEVEL
+(sm_80). Exits with 1 and a sentence for everything that is wrong. The model is LAYER, whose router
+knows the first two layers; see test_gpu_call.py.
 """
 
 import ctypes
@@ -65,6 +66,21 @@ class Open(ctypes.Structure):
         ("load", c_int32),
         ("verify", c_int32),
         ("cpu_level", c_char_p),
+    ]
+
+
+class LayerInfo(ctypes.Structure):
+    _fields_ = [
+        ("size", c_size_t),
+        ("name", c_char_p),
+        ("index", c_int32),
+        ("kind", c_int32),
+        ("sizes", c_int64 * 6),
+        ("needs", c_uint32),
+        ("compute", DType),
+        *((name, c_char_p) for name in ("format", "layout", "level")),
+        ("weight_bytes", c_uint64),
+        ("active_flops", c_uint64),
     ]
 
 
@@ -146,7 +162,7 @@ class Array:
 class Machine:
     """The driver's stub, the executor and the runtime."""
 
-    def __init__(self, build, kernels=None):
+    def __init__(self, build, kernels=None, device="8.0"):
         self.stub = ctypes.CDLL(str(build / "test/Runtime/cuda_stub/libcuda.so.1"))
         self.simt = ctypes.CDLL(str(build / "test/lib/Target/GPU/libmoe_simt_driver.so"))
         self.moec = ctypes.CDLL(str(build / "lib/libmoec.so.1"))
@@ -154,10 +170,9 @@ class Machine:
         self.simt.moe_simt_hooks.restype = POINTER(Hooks)
         self.simt.moe_simt_launches.restype = c_uint64
         self.stub.stub_used.restype = c_size_t
-        # An 8.0, or what kernels with wgmma need.
-        hopper = StubMachine(1, 9, 0, 12080, 232448, 0)
-        wide = kernels is not None and "wgmma" in Path(kernels).read_text()
-        self.stub.stub_reset(byref(hopper) if wide else None)
+        major, minor = map(int, device.split("."))
+        shared = 166912 if major < 9 else 232448
+        self.stub.stub_reset(byref(StubMachine(1, major, minor, 12080, shared, 0)))
         self.stub.stub_hook(self.simt.moe_simt_hooks())
         self.simt.moe_simt_load.restype = ctypes.c_bool
         if kernels is not None:
@@ -165,6 +180,9 @@ class Machine:
 
     def load(self, kernels):
         assert self.simt.moe_simt_load(str(kernels).encode()), self.fault()
+
+    def ok(self, code):
+        assert code == 0, f"{code} {self.fault()}"
 
     def fault(self):
         return self.simt.moe_simt_error().decode()
@@ -227,6 +245,13 @@ class Model:
         context = self.context(max_tokens)
         self.ok(self.machine.moec.moec_run(context, 0, byref(call), byref(self.error)))
 
+    def level(self):
+        info = LayerInfo(ctypes.sizeof(LayerInfo))
+        self.ok(
+            self.machine.moec.moec_get_layer_info(self.model, 0, byref(info), byref(self.error))
+        )
+        return info.level.decode()
+
     def status(self, max_tokens=64):
         """0, or the error's number, with its message in self.error."""
         return self.machine.moec.moec_context_status(self.context(max_tokens), byref(self.error))
@@ -237,8 +262,8 @@ class Model:
         self.machine.moec.moec_close(self.model)
 
 
-def main(build, library, kernels):
-    machine = Machine(Path(build), kernels)
+def main(build, library, kernels, device="8.0", level="sm_80"):
+    machine = Machine(Path(build), kernels, device)
     layer, rng, wrong = LAYER, np.random.default_rng(0), []
     T, H, E, K = 19, layer.H, layer.E, layer.K
     x = to_bf16(rng.standard_normal((T, H)))
@@ -254,6 +279,8 @@ def main(build, library, kernels):
         return Array(machine, values, kind, padding)
 
     model = Model(machine, library)
+    if model.level() != level:
+        wrong.append(f"expected level {level} on {device}, but got {model.level()}")
     for role, values in {
         "router": layer.router,
         "gate": layer.gate_up[:, 0],
@@ -275,6 +302,25 @@ def main(build, library, kernels):
         if any(not np.array_equal(results[0], r) for r in results):
             wrong.append(f"x {kx}, y {ky}: chunks change the bits")
     machine.simt.moe_simt_order(0, c_uint64(0), False)
+
+    # A call that is captured runs as often as its graph is launched, on what x holds then; tensor
+    # maps are made while it is captured, and kept by the graph.
+    ax, ay = array(np.zeros((T, H)), "bf16"), array(np.zeros((T, H)), "f32")
+    model.context(8)
+    launches, graph, stream = machine.simt.moe_simt_launches(), c_void_p(), c_void_p(0x5700)
+    machine.ok(machine.stub.cuStreamBeginCapture_v2(stream, 2))
+    model.run(8, x=ax, y=ay)
+    machine.ok(machine.stub.cuStreamEndCapture(stream, byref(graph)))
+    if machine.simt.moe_simt_launches() != launches:
+        wrong.append("a captured call has run")
+    for values in (x, np.roll(x, 1, axis=0)):
+        ax.view[...] = bf16_bits(values)
+        machine.ok(machine.stub.cuGraphLaunch(graph, stream))
+        shift = 0 if values is x else 1
+        check(f"replayed, {shift}", ay.read(), np.roll(expected, shift, axis=0), bound)
+    if machine.simt.moe_simt_launches() == launches:
+        wrong.append("a graph has run nothing")
+    machine.ok(machine.stub.cuGraphDestroy(graph))
 
     # Routing that is given, of every type and with gaps between rows; -1 and foreign ids.
     given = rng.integers(-1, E, (T, 3))

@@ -404,7 +404,7 @@ def test_interrupted(checkpoint, tmp_path):
         ["--layers", "7"],
         ["--layers", "x"],
         ["--nonsense"],
-        ["--target", "cuda", "--gpu", "sm_80,sm_90a"],
+        ["--target", "cuda", "--gpu", "sm_80,sm_100"],
         ["--target", "rocm"],
     ],
 )

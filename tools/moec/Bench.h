@@ -89,8 +89,8 @@ struct BenchSetup {
   std::optional<Format> dtype; ///< MODEL only
   std::string level;           ///< cap; empty: the best
   DLDevice device = {kDLCPU, 0};
-  std::string gpu;   ///< of `device`, as "sm_90": what a MODEL is compiled for
-  int64_t banks = 0; ///< 0: until they exceed twice the last-level cache
+  std::vector<std::string> gpus; ///< of `device`, as "sm_90", "sm_90a": what code is made for
+  int64_t banks = 0;             ///< 0: until they exceed twice the last-level cache
   int64_t maxTokens = 0;
   bool dense = true; ///< also the dense FFN of equal active parameters
   uint64_t cacheBytes = 0;
@@ -106,10 +106,11 @@ struct BenchModel {
   std::vector<std::pair<Subject, std::optional<Subject>>> subjects; ///< and its dense FFN
   std::vector<std::string> notes;
 };
-/// Compiles `spec` for one CPU level, or for a GPU if it is one's name, into `folder` (library and
+/// Compiles `spec` for one CPU level, or for `gpus` where there are any, into `folder` (library and
 /// manifest, no weights).
-llvm::Error compileInto(const ModelSpec &spec, const std::string &level, bool gpu,
-                        const std::string &folder, const std::string &scratch);
+llvm::Error compileInto(const ModelSpec &spec, const std::string &level,
+                        llvm::ArrayRef<std::string> gpus, const std::string &folder,
+                        const std::string &scratch);
 /// The best level that this build makes and this machine runs, up to `cap`.
 llvm::Expected<std::string> chooseLevel(const std::string &cap);
 /// The dense FFN that multiplies as many weights for a token as the layer's experts do. Nothing

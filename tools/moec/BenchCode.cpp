@@ -18,8 +18,9 @@
 
 namespace moec::tool {
 
-llvm::Error compileInto(const ModelSpec &spec, const std::string &level, bool gpu,
-                        const std::string &folder, const std::string &scratch) {
+llvm::Error compileInto(const ModelSpec &spec, const std::string &level,
+                        llvm::ArrayRef<std::string> gpus, const std::string &folder,
+                        const std::string &scratch) {
   noteForCrash("phase.txt", "compiling for the benchmark\n");
   if (llvm::Error error = checkModel(spec))
     return error;
@@ -28,13 +29,16 @@ llvm::Error compileInto(const ModelSpec &spec, const std::string &level, bool gp
     return error;
   noteForCrash("input.mlir", compiler.text());
   PipelineChoice choice;
-  (gpu ? choice.gpus : choice.levels) = {level};
+  if (gpus.empty())
+    choice.levels = {level};
+  else
+    choice.gpus = gpus;
   if (llvm::Error error = compiler.runPhases(choice))
     return error;
   auto table = compiler.table(spec, /*needCode=*/true);
   if (!table)
     return table.takeError();
-  if (gpu)
+  if (!gpus.empty())
     if (llvm::Error error = compiler.addImages(*table, choice.gpus, scratch))
       return error;
   auto code = compiler.code(*table, mlir::moe::CodeFormat::Object);

@@ -54,6 +54,9 @@ static cl::opt<std::string> dtypeOption("dtype", cl::init("auto"),
 static cl::opt<std::string> cpuOption("cpu", cl::desc("Highest CPU level to use, as x86-64-v3"),
                                       cl::value_desc("LEVEL"), cl::cat(category()),
                                       cl::sub(benchParser()));
+static cl::opt<std::string> gpuOption("gpu", cl::desc("GPU level to use, as sm_80 (default: best)"),
+                                      cl::value_desc("LEVEL"), cl::cat(category()),
+                                      cl::sub(benchParser()));
 static cl::opt<std::string> deviceOption("device", cl::init("cpu"),
                                          cl::desc("Where to measure (default cpu)"),
                                          cl::value_desc("cpu|cuda|cuda:N"), cl::cat(category()),
@@ -146,6 +149,10 @@ static llvm::Expected<Request> understand() {
   if (!device)
     return device.takeError();
   out.setup.device = *device;
+  if (llvm::Error error = checkGPULevel(gpuOption, device->device_type == kDLCUDA))
+    return std::move(error);
+  if (!gpuOption.empty())
+    out.setup.level = gpuOption;
   if (device->device_type == kDLCUDA)
     for (const auto &[option, given] : {std::pair("--cpu", cpuOption.getNumOccurrences()),
                                         std::pair("--threads", threadsOption.getNumOccurrences()),
@@ -276,7 +283,11 @@ static llvm::Error workOnDevice(Request request) {
   constexpr int capabilityMajor = 75, capabilityMinor = 76;
   std::string arch = "sm_" + std::to_string((*device)->attribute(capabilityMajor)) +
                      std::to_string((*device)->attribute(capabilityMinor));
-  request.setup.gpu = llvm::is_contained(mlir::moe::assembledArchNames(), arch) ? arch : "sm_80";
+  for (const std::string &name : {arch, arch + "a"})
+    if (llvm::is_contained(mlir::moe::assembledArchNames(), name))
+      request.setup.gpus.push_back(name);
+  if (request.setup.gpus.empty())
+    request.setup.gpus = {"sm_80"};
   request.setup.scratch = stageFolder;
   auto model = prepareBench(request.setup, nullptr, nullptr);
   if (!model)

@@ -18,6 +18,7 @@
 #include "Model.h"
 
 #include "moe/Export/Weights.h"
+#include "moe/Target/GPU/Arch.h"
 
 #include "llvm/Support/FileSystem.h"
 
@@ -392,11 +393,9 @@ llvm::Expected<BenchModel> prepareBench(const BenchSetup &setup, moec_executor *
       if (llvm::Error error = describe(subject))
         return std::move(error);
       readLabels(*manifest, manifest->layers[(*chosen)[i]].code, subject);
-      level = gpu ? setup.gpu : subject.level; // the dense FFN is compared at the same level
+      level = subject.level; // the dense FFN is compared at the same level
     }
-  } else if (gpu) {
-    level = setup.gpu;
-  } else {
+  } else if (!gpu) {
     auto best = chooseLevel(setup.level);
     if (!best)
       return best.takeError();
@@ -405,7 +404,13 @@ llvm::Expected<BenchModel> prepareBench(const BenchSetup &setup, moec_executor *
 
   if (!library.spec.layers.empty()) {
     std::string folder = setup.scratch + "/bench.moec";
-    if (llvm::Error error = compileInto(library.spec, level, gpu, folder, setup.scratch))
+    std::vector<std::string> gpus;
+    for (const std::string &name : setup.gpus)
+      if (level.empty() || mlir::moe::gpuLevelOf(name) == level)
+        gpus.push_back(name);
+    if (gpu && gpus.empty())
+      return makeError(ErrorCode::ARCH, "--gpu", "a level that this device runs", level);
+    if (llvm::Error error = compileInto(library.spec, level, gpus, folder, setup.scratch))
       return std::move(error);
     auto made = readManifest(folder);
     if (!made)

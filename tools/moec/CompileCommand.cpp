@@ -58,10 +58,10 @@ static cl::opt<std::string>
               cl::value_desc("native|x86-64-v3|x86-64-v4|avx512-bf16|amx-bf16|multi"),
               cl::cat(category()), cl::sub(compileParser()));
 static cl::opt<std::string> gpuOption(
-    "gpu", cl::init("sm_80"),
-    cl::desc("GPUs to make machine code for (default sm_80); newer ones take the PTX that "
-             "is always there"),
-    cl::value_desc("sm_80,sm_86,sm_89,sm_90 | sm_90a"), cl::cat(category()),
+    "gpu", cl::init("sm_80,sm_90a"),
+    cl::desc("GPUs to make machine code for (default sm_80,sm_90a). sm_90a has kernels of its own, "
+             "the others run those of sm_80; with one of them there is PTX for everything newer"),
+    cl::value_desc("sm_80,sm_86,sm_87,sm_89,sm_90,sm_90a"), cl::cat(category()),
     cl::sub(compileParser()));
 static cl::opt<std::string> checkpointOption("checkpoint",
                                              cl::desc("Where weights come from, if not from MODEL"),

@@ -19,6 +19,7 @@
 #include "moe/Pipelines/Phases.h"
 #include "moe/Support/Files.h"
 #include "moe/Support/JSON.h"
+#include "moe/Target/GPU/Arch.h"
 #include "moe/Target/GPU/Passes.h"
 #include "moec/module.h"
 
@@ -272,11 +273,31 @@ static std::string collect(mlir::ModuleOp module,
   return canonicalText(std::move(functions));
 }
 
+/// A module that was read may have its targets already: they have to be those that are wanted.
+static llvm::Error checkTargets(mlir::ModuleOp module, const moe::PipelineOptions &options,
+                                llvm::ArrayRef<std::string> gpus) {
+  std::vector<std::string> made;
+  if (auto targets = module->getAttrOfType<mlir::ArrayAttr>("moe.targets"))
+    for (auto target : targets.getAsRange<moe::TargetAttr>())
+      if (target.getDevice() == moe::Device::CUDA)
+        made.push_back(target.getLevel().str());
+  if (made.empty() || made == options.gpuLevels)
+    return llvm::Error::success();
+  if (!options.isGPU())
+    return makeError(ErrorCode::TARGET, "--target", "`cuda`, for which the module was made",
+                     "`cpu`");
+  return makeError(ErrorCode::TARGET, "--gpu",
+                   "names for the levels that the module has, " + quoteList(made, "and"),
+                   "`" + llvm::join(gpus, ",") + "`");
+}
+
 llvm::Error ModuleCompiler::runPhases(const PipelineChoice &choice) {
   auto options = pipelineOptions(choice);
   if (!options)
     return options.takeError();
   mlir::ModuleOp module = *impl->module;
+  if (llvm::Error error = checkTargets(module, *options, choice.gpus))
+    return error;
   if (!choice.dumpFolder.empty()) {
     if (std::error_code error = llvm::sys::fs::create_directories(choice.dumpFolder))
       return osError(choice.dumpFolder, "a folder that can be created", error.value());
@@ -347,29 +368,44 @@ llvm::Error ModuleCompiler::addImages(moe::CodeTable &table, llvm::ArrayRef<std:
                                       llvm::StringRef scratch) {
   auto kernels = (*impl->module)->getAttrOfType<mlir::ArrayAttr>(moe::kKernelsAttrName);
   auto binaries = llvm::to_vector(impl->module->getOps<mlir::gpu::BinaryOp>());
-  if (!kernels || binaries.size() != 1 || binaries.front().getObjects().size() != 1)
-    return makeError(ErrorCode::INTERNAL, "codegen", "one module of kernels",
-                     llvm::Twine(binaries.size()), "run the phases up to `codegen` for cuda first");
-  for (auto kernel : kernels.getAsRange<mlir::DictionaryAttr>())
-    table.kernels.push_back(
-        {kernel.getAs<mlir::StringAttr>("name").str(),
-         static_cast<uint32_t>(kernel.getAs<mlir::IntegerAttr>("threads").getInt()),
-         static_cast<uint32_t>(kernel.getAs<mlir::IntegerAttr>("shared").getInt())});
-  auto object = mlir::cast<mlir::gpu::ObjectAttr>(binaries.front().getObjects()[0]);
-  std::string ptx = object.getObject().getValue().rtrim('\0').str();
-  for (const std::string &gpu : gpus) {
-    auto cubin = assemble(ptx, gpu, scratch);
-    if (!cubin)
-      return cubin.takeError();
-    int32_t arch = 0;
-    llvm::StringRef(gpu).drop_front(3).rtrim('a').getAsInteger(10, arch);
-    table.images.push_back({MOEC_IMAGE_CUBIN, arch, std::move(*cubin)});
+  if (!kernels || binaries.empty())
+    return makeError(ErrorCode::INTERNAL, "codegen", "modules of kernels", "none",
+                     "run the phases up to `codegen` for cuda first");
+  for (mlir::gpu::BinaryOp binary : binaries) {
+    // The pass keeps the order of the levels: by rising rank.
+    std::string level = binary.getName().substr(moe::kernelsModuleName("").size()).str();
+    moe::GPULevel &out = table.gpuLevels.emplace_back();
+    out.level = level;
+    out.rank = moe::findGPUArch(level)->rank;
+    out.needs = level == "sm_90a" ? MOEC_GPU_MAPS : 0;
+    out.firstKernel = static_cast<int32_t>(table.kernels.size());
+    for (auto kernel : kernels.getAsRange<mlir::DictionaryAttr>())
+      if (kernel.getAs<mlir::StringAttr>("level") == level)
+        table.kernels.push_back(
+            {kernel.getAs<mlir::StringAttr>("name").str(),
+             static_cast<uint32_t>(kernel.getAs<mlir::IntegerAttr>("threads").getInt()),
+             static_cast<uint32_t>(kernel.getAs<mlir::IntegerAttr>("shared").getInt())});
+    out.kernelCount = static_cast<int32_t>(table.kernels.size()) - out.firstKernel;
+    auto object = mlir::cast<mlir::gpu::ObjectAttr>(binary.getObjects()[0]);
+    std::string ptx = object.getObject().getValue().rtrim('\0').str();
+    out.firstImage = static_cast<int32_t>(table.images.size());
+    for (const std::string &gpu : gpus) {
+      if (moe::gpuLevelOf(gpu) != level)
+        continue;
+      auto cubin = assemble(ptx, gpu, scratch);
+      if (!cubin)
+        return cubin.takeError();
+      llvm::StringRef number = llvm::StringRef(gpu).drop_front(3);
+      int32_t kind = number.consume_back("a") ? MOEC_IMAGE_EXACT : MOEC_IMAGE_CUBIN, arch = 0;
+      number.getAsInteger(10, arch);
+      table.images.push_back({kind, arch, gpu, std::move(*cubin)});
+    }
+    // What is made of wgmma runs on no other architecture.
+    if (level == "sm_80")
+      table.images.push_back({MOEC_IMAGE_PTX, 80, "compute_80", ptx + '\0'});
+    out.imageCount = static_cast<int32_t>(table.images.size()) - out.firstImage;
   }
-  // What is made of wgmma runs on no other architecture, and its launches want tensor maps.
-  bool maps = llvm::is_contained(gpus, "sm_90a");
-  if (!maps)
-    table.images.push_back({MOEC_IMAGE_PTX, 80, ptx + '\0'});
-  table.abi = maps ? 0x00010002u : 0x00010001u; // the runtime has to know them, or images
+  table.abi = 0x00010003u; // the runtime has to know levels
   return llvm::Error::success();
 }
 

@@ -49,6 +49,12 @@ llvm::Error checkPipelineChoice(const PipelineChoice &choice);
 llvm::Expected<std::vector<std::string>> parseLevels(llvm::StringRef text,
                                                      const MachineConstants *machine = nullptr);
 
+/// The levels of code for such names, by rising rank: `sm_90` runs that of `sm_80`.
+std::vector<std::string> gpuLevels(llvm::ArrayRef<std::string> gpus);
+
+/// --gpu of commands that open a library: a level, or empty; only where it is opened on a GPU.
+llvm::Error checkGPULevel(llvm::StringRef level, bool cuda);
+
 /// --gpu: names of architectures, by rising number.
 llvm::Expected<std::vector<std::string>> parseGPUs(llvm::StringRef text);
 

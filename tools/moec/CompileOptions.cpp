@@ -154,12 +154,26 @@ llvm::Expected<std::vector<std::string>> parseGPUs(llvm::StringRef text) {
     if (!llvm::is_contained(out, piece))
       out.push_back(piece.str());
   }
-  // One set of kernels to a library.
-  if (out.size() > 1 && llvm::is_contained(out, "sm_90a"))
-    return makeError(ErrorCode::TARGET, "--gpu", "`sm_90a` alone", "`" + text.str() + "`",
-                     "make a library for each; they read the same packed weights");
   llvm::sort(out);
   return out;
+}
+
+std::vector<std::string> gpuLevels(llvm::ArrayRef<std::string> gpus) {
+  std::vector<std::string> levels;
+  for (const moe::GPUArch &arch : moe::gpuArchs())
+    if (llvm::any_of(gpus, [&](llvm::StringRef gpu) { return moe::gpuLevelOf(gpu) == arch.name; }))
+      levels.push_back(arch.name.str());
+  return levels;
+}
+
+llvm::Error checkGPULevel(llvm::StringRef level, bool cuda) {
+  if (level.empty())
+    return llvm::Error::success();
+  if (!cuda)
+    return makeError(ErrorCode::ARGUMENT, "--gpu", "none with --device cpu", "`" + level + "`");
+  if (!moe::findGPUArch(level))
+    return makeError(ErrorCode::TARGET, "--gpu", moe::implementedArchNames(), "`" + level + "`");
+  return llvm::Error::success();
 }
 
 /// Keys and values that the text of a pass pipeline can carry: its reader counts braces.
@@ -212,8 +226,7 @@ static llvm::Expected<std::string> readStrategy(const std::string &path) {
 llvm::Expected<moe::PipelineOptions> pipelineOptions(const PipelineChoice &choice) {
   moe::PipelineOptions options;
   options.levels = choice.levels;
-  if (!choice.gpus.empty())
-    options.gpu = choice.gpus.front() == "sm_90a" ? "sm_90a" : "sm_80"; // the others run these
+  options.gpuLevels = gpuLevels(choice.gpus);
   options.disabledPasses = choice.disabledPasses;
   auto strategy = readStrategy(choice.strategyFile);
   if (!strategy)
@@ -237,7 +250,8 @@ llvm::Expected<std::string> pipelineText(const PipelineChoice &choice) {
       os << "moec compile MODEL --compile-to import -o import.mlir\n";
     else if (phase.name == "export")
       os << "moec compile " << before << ".mlir --compile-from " << before
-         << (options->isGPU() ? " --target cuda" : "") << " -o DIR\n";
+         << (options->isGPU() ? " --target cuda --gpu " + llvm::join(choice.gpus, ",") : "")
+         << " -o DIR\n";
     else if (pipeline.empty())
       continue;
     else

@@ -52,7 +52,7 @@ std::string planText(const ModelSpec &spec, const PipelineChoice &pipeline, unsi
   llvm::raw_string_ostream os(out);
   // The rates are those of a slow core and a plain disk: the plan should not be too rosy.
   bool gpu = !pipeline.gpus.empty();
-  size_t levels = gpu ? 1 : pipeline.levels.size();
+  size_t levels = gpu ? gpuLevels(pipeline.gpus).size() : pipeline.levels.size();
   uint64_t parts = codes.size() * levels;
   PackPlan plan(spec.layers, threads);
   double compileSeconds = 1 + 1.0 * parts;

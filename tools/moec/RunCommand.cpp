@@ -10,6 +10,7 @@
 //===----------------------------------------------------------------------===//
 
 #include "Commands.h"
+#include "CompileModule.h"
 #include "Device.h"
 #include "Log.h"
 #include "Npy.h"
@@ -55,6 +56,8 @@ static cl::opt<int> threads("threads", cl::desc("Threads (default: those this pr
                             cl::value_desc("N"), cl::init(0), cl::cat(category()),
                             cl::sub(runParser()));
 static cl::opt<std::string> cpu("cpu", cl::desc("Highest CPU level to use, as x86-64-v3"),
+                                cl::value_desc("LEVEL"), cl::cat(category()), cl::sub(runParser()));
+static cl::opt<std::string> gpu("gpu", cl::desc("GPU level to use, as sm_80 (default: the best)"),
                                 cl::value_desc("LEVEL"), cl::cat(category()), cl::sub(runParser()));
 static cl::opt<std::string> deviceOption("device", cl::init("cpu"),
                                          cl::desc("Where to run (default cpu): a library for GPUs "
@@ -237,13 +240,17 @@ static llvm::Error run() {
     if (cuda && given)
       return makeError(ErrorCode::ARGUMENT, option, "none with --device cuda", "one");
 
+  if (llvm::Error wrong = checkGPULevel(gpu, cuda))
+    return wrong;
+  const std::string &level = cuda ? gpu : cpu;
+
   moec_error error;
   moec_model *model = nullptr;
   moec_open_options options;
   MOEC_INIT(options);
   options.device = *where;
   options.weights = weights.empty() ? nullptr : weights.c_str();
-  options.cpu_level = cpu.empty() ? nullptr : cpu.c_str();
+  options.cpu_level = level.empty() ? nullptr : level.c_str();
   if (moec_open(folder.c_str(), &options, &model, &error))
     return runtimeError(error);
   llvm::scope_exit closeModel([&] { moec_close(model); });

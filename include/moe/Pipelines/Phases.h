@@ -29,13 +29,13 @@ namespace moe {
 /// Choices that phases read.
 struct PipelineOptions {
   std::vector<std::string> levels;         ///< CPU levels; empty: every level that is built
-  std::string gpu;                         ///< "sm_80": code for a GPU; empty: for CPUs
+  std::vector<std::string> gpuLevels;      ///< "sm_80": code for GPUs; empty: for CPUs
   std::vector<std::string> types;          ///< types of x and y; empty: f32 and bf16
   std::vector<std::string> disabledPasses; ///< names of optional passes that are left out
   std::string strategyText;                ///< JSON of moe-select-strategy; empty: none
   int64_t l2Bytes = 0;                     ///< L2 cache of the machine; 0: what the pass assumes
   bool verifyEach = true;                  ///< verify after every pass
-  bool isGPU() const { return !gpu.empty(); }
+  bool isGPU() const { return !gpuLevels.empty(); }
   /// Called with the name of every phase that has run and the module after it.
   std::function<llvm::Error(llvm::StringRef phase, ModuleOp module)> afterPhase;
 };

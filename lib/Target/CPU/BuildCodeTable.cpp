@@ -122,7 +122,8 @@ llvm::Expected<CodeTable> mlir::moe::buildCodeTable(ModuleOp module, StringRef n
         int32_t rank = 0;
         if (const CPULevel *level = findCPULevel(entry.getLevel()))
           rank = level->rank;
-        else if (!entry.getLevel().starts_with("sm_")) // code of a GPU: its one level
+        else if (StringRef number = entry.getLevel(); // of a GPU: "sm_80"
+                 !number.consume_front("sm_") || number.consumeInteger(10, rank))
           return makeError(ErrorCode::TARGET, "entry `" + function + "`", "a known CPU level",
                            "`" + entry.getLevel() + "`");
         auto list = llvm::find_if(code.levels,

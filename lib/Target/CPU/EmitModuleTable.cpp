@@ -144,7 +144,7 @@ llvm::Error TableBuilder::build(const CodeTable &table) {
                                 codes[layer.code], llvm::ConstantDataArray::get(context, layer.id)},
                                sizeof(moec_layer_desc)));
   }
-  llvm::SmallVector<llvm::Constant *> images, kernels;
+  llvm::SmallVector<llvm::Constant *> images, kernels, levels;
   for (const GPUImage &image : table.images) {
     auto *bytes = llvm::ConstantDataArray::getString(context, image.bytes, /*AddNull=*/false);
     auto *data = global_(bytes, "moec.image");
@@ -155,11 +155,16 @@ llvm::Error TableBuilder::build(const CodeTable &table) {
   for (const GPUKernel &kernel : table.kernels)
     kernels.push_back(structure({text(kernel.name), i32(kernel.threads), i32(kernel.sharedBytes)},
                                 sizeof(moec_gpu_kernel)));
+  for (const GPULevel &l : table.gpuLevels)
+    levels.push_back(structure({text(l.level), i32(l.rank), i32(l.needs), i32(l.firstImage),
+                                i32(l.imageCount), i32(l.firstKernel), i32(l.kernelCount)},
+                               sizeof(moec_gpu_level)));
   llvm::Constant *root = structure(
       {i64(sizeof(moec_module)), i32(table.abi), i32(0), text(table.name), text(table.version),
        i32(static_cast<int64_t>(layers.size())), i32(0), array(layers, "moec.layers"),
        i32(static_cast<int64_t>(images.size())), i32(static_cast<int64_t>(kernels.size())),
-       array(images, "moec.images"), array(kernels, "moec.kernels")},
+       array(images, "moec.images"), array(kernels, "moec.kernels"),
+       i32(static_cast<int64_t>(levels.size())), i32(0), array(levels, "moec.gpu_levels")},
       sizeof(moec_module));
   if (mismatch)
     return makeError(ErrorCode::INTERNAL, "module table", "the struct sizes of moec/module.h",

@@ -38,3 +38,7 @@ llvm::ArrayRef<llvm::StringRef> mlir::moe::assembledArchNames() {
   static const llvm::StringRef names[] = {"sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a"};
   return names;
 }
+
+llvm::StringRef mlir::moe::gpuLevelOf(llvm::StringRef assembled) {
+  return assembled == "sm_90a" ? "sm_90a" : "sm_80";
+}

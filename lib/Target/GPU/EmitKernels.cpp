@@ -226,6 +226,7 @@ LogicalResult EntryEmitter::emit() {
   makeBytesFunction();
   b.setInsertionPoint(func);
   kernels = gpu::GPUModuleOp::create(b, loc, (func.getSymName() + "_kernels").str());
+  kernels->setAttr(kLevelAttrName, b.getStringAttr(layer.level()));
   declareShared(kernels);
   if (failed(makeHost()))
     return failure();

@@ -27,8 +27,7 @@ LogicalResult EntryEmitter::launchMatmul(StringRef name, GroupedMatmulOp op, con
   if (add)
     args.append({weights, scale});
   auto tiles = op->getAttrOfType<ArrayAttr>(kGPUTilesAttrName);
-  auto target = func->getAttrOfType<TargetAttr>(MoEDialect::kTargetAttrName);
-  int64_t processors = findGPUArch(target.getLevel())->processors;
+  int64_t processors = findGPUArch(layer.level())->processors;
   Value packed = args[4];
   for (auto [i, each] : llvm::enumerate(tiles.getAsRange<GPUTileAttr>())) {
     GPUTileAttr attr = each;

@@ -25,6 +25,9 @@ inline constexpr llvm::StringLiteral kGPUCombineAttrName = "gpu_combine";
 /// without tiles.
 bool isGate(GroupedMatmulOp op);
 
+/// On a gpu.module: the level of its kernels, "sm_80".
+inline constexpr llvm::StringLiteral kLevelAttrName = "level";
+
 /// A bufferized, fused entry, understood as a whole. Everything in it has GPU code, or `read`
 /// fails and says what does not.
 struct Layer {
@@ -42,6 +45,9 @@ struct Layer {
   Value groupRows; ///< how many tokens are in it
   Type xType, yType;
 
+  StringRef level() const {
+    return func->getAttrOfType<TargetAttr>(MoEDialect::kTargetAttrName).getLevel();
+  }
   bool isDense() const { return !router && !up; }
   bool isAtomic() const;
   bool isOnInput() const { return up && GroupedMatmulOp(up).getRowWeights(); }

@@ -5,7 +5,7 @@
 //
 //===----------------------------------------------------------------------===//
 
-#include "moe/Dialect/MoE/IR/MoEOps.h"
+#include "Layer.h"
 #include "moe/Target/GPU/Passes.h"
 
 #include "mlir/Conversion/Passes.h"
@@ -105,16 +105,17 @@ Value HostLowering::name(StringRef text) {
 }
 
 LogicalResult HostLowering::lower(gpu::LaunchFuncOp launch) {
-  auto kernels = module.lookupSymbol<gpu::GPUModuleOp>(launch.getKernelModuleName());
   int64_t number = 0, found = -1;
   LLVM::LLVMFuncOp callee;
-  for (auto kernel : kernels.getOps<LLVM::LLVMFuncOp>()) {
-    if (kernel.getSymNameAttr() == launch.getKernelName()) {
-      found = number;
-      callee = kernel;
+  for (auto kernels : module.getOps<gpu::GPUModuleOp>())
+    for (auto kernel : kernels.getOps<LLVM::LLVMFuncOp>()) {
+      if (kernels.getSymNameAttr() == launch.getKernelModuleName() &&
+          kernel.getSymNameAttr() == launch.getKernelName()) {
+        found = number;
+        callee = kernel;
+      }
+      ++number;
     }
-    ++number;
-  }
   if (found < 0)
     return launch.emitOpError("expected a kernel of its module, but got ") << launch.getKernel();
   b.setInsertionPoint(launch);
@@ -170,20 +171,20 @@ LogicalResult HostLowering::run() {
   return success();
 }
 
-/// The kernels of the module in their order, with what every launch of them has in common.
-static ArrayAttr listKernels(gpu::GPUModuleOp kernels) {
+/// Appends the kernels of a gpu.module in their order, with what every launch of them has in
+/// common.
+static void listKernels(gpu::GPUModuleOp kernels, SmallVector<Attribute> &list) {
   Builder b(kernels.getContext());
-  SmallVector<Attribute> list;
   for (auto kernel : kernels.getOps<LLVM::LLVMFuncOp>()) {
     auto threads =
         kernel->getAttrOfType<DenseI32ArrayAttr>(NVVM::NVVMDialect::getReqntidAttrName());
     auto shared = kernel->getAttrOfType<IntegerAttr>(kSharedBytesAttrName);
     list.push_back(b.getDictionaryAttr(
         {b.getNamedAttr("name", kernel.getSymNameAttr()),
+         b.getNamedAttr("level", kernels->getAttr(kLevelAttrName)),
          b.getNamedAttr("threads", b.getI64IntegerAttr(threads[0])),
          b.getNamedAttr("shared", b.getI64IntegerAttr(shared ? shared.getInt() : 0))}));
   }
-  return b.getArrayAttr(list);
 }
 
 namespace {
@@ -195,9 +196,12 @@ struct LowerHostPass : public mlir::moe::impl::MoEGPULowerHostBase<LowerHostPass
           failed(HostLowering(func, getOperation()).run()))
         return signalPassFailure();
     }
-    auto modules = llvm::to_vector(getOperation().getOps<gpu::GPUModuleOp>());
-    if (modules.size() == 1)
-      getOperation()->setAttr(kKernelsAttrName, listKernels(modules.front()));
+    SmallVector<Attribute> list;
+    for (auto kernels : getOperation().getOps<gpu::GPUModuleOp>())
+      if (kernels->hasAttr(kLevelAttrName))
+        listKernels(kernels, list);
+    if (!list.empty())
+      getOperation()->setAttr(kKernelsAttrName, ArrayAttr::get(&getContext(), list));
   }
 };
 } // namespace

@@ -5,7 +5,7 @@
 //
 //===----------------------------------------------------------------------===//
 
-#include "Kernels/Kernels.h"
+#include "Layer.h"
 #include "moe/Target/GPU/Passes.h"
 
 #include "mlir/Dialect/Arith/IR/Arith.h"
@@ -13,6 +13,7 @@
 #include "mlir/Dialect/SCF/IR/SCF.h"
 #include "mlir/IR/BuiltinOps.h"
 #include "mlir/IR/SymbolTable.h"
+#include "llvm/ADT/MapVector.h"
 #include "llvm/ADT/StringMap.h"
 
 namespace mlir::moe {
@@ -24,7 +25,14 @@ namespace mlir::moe {
 using namespace mlir;
 using namespace mlir::moe;
 
-static constexpr llvm::StringLiteral kModuleName = "kernels";
+/// The levels of the kernels of a module, in their order, with the gpu.modules of each.
+static llvm::MapVector<StringAttr, SmallVector<gpu::GPUModuleOp>> partsByLevel(ModuleOp module) {
+  llvm::MapVector<StringAttr, SmallVector<gpu::GPUModuleOp>> levels;
+  for (auto part : module.getOps<gpu::GPUModuleOp>())
+    if (auto level = part->getAttrOfType<StringAttr>(kLevelAttrName))
+      levels[level].push_back(part);
+  return levels;
+}
 
 /// The kernel as text without its name: equal texts are equal kernels.
 static std::string textOf(LLVM::LLVMFuncOp kernel) {
@@ -43,32 +51,44 @@ struct EmitCallKernelsPass
     : public mlir::moe::impl::MoEGPUEmitCallKernelsBase<EmitCallKernelsPass> {
   void runOnOperation() override {
     ModuleOp module = getOperation();
-    if (module.getOps<gpu::GPUModuleOp>().empty())
-      return;
     OpBuilder b = OpBuilder::atBlockEnd(module.getBody());
-    auto kernels = gpu::GPUModuleOp::create(b, module.getLoc(), "call_kernels");
-    declareShared(kernels);
-    emitCallKernels(kernels);
+    for (auto &[level, parts] : partsByLevel(module)) {
+      auto kernels =
+          gpu::GPUModuleOp::create(b, module.getLoc(), ("call_kernels_" + level.getValue()).str());
+      kernels->setAttr(kLevelAttrName, level);
+      declareShared(kernels);
+      emitCallKernels(kernels);
+    }
   }
 };
 
 struct MergeKernelsPass : public mlir::moe::impl::MoEGPUMergeKernelsBase<MergeKernelsPass> {
   void runOnOperation() override {
-    ModuleOp module = getOperation();
-    auto parts = llvm::to_vector(module.getOps<gpu::GPUModuleOp>());
-    if (parts.empty())
-      return;
+    DenseMap<SymbolRefAttr, SymbolRefAttr> places;
+    auto levels = partsByLevel(getOperation());
+    for (auto &[level, parts] : levels)
+      merge(level, parts, places);
+    getOperation().walk(
+        [&](gpu::LaunchFuncOp launch) { launch.setKernelAttr(places.lookup(launch.getKernel())); });
+    for (auto &[level, parts] : levels)
+      for (gpu::GPUModuleOp part : parts)
+        part.erase();
+  }
+
+private:
+  /// `places` is where kernels were, and where they are now.
+  void merge(StringAttr level, ArrayRef<gpu::GPUModuleOp> parts,
+             DenseMap<SymbolRefAttr, SymbolRefAttr> &places) {
     OpBuilder b(parts.front());
-    auto merged = gpu::GPUModuleOp::create(b, module.getLoc(), kModuleName);
+    auto merged = gpu::GPUModuleOp::create(b, getOperation().getLoc(), kernelsModuleName(level));
+    merged->setAttr(kLevelAttrName, level);
     declareShared(merged);
     llvm::StringMap<StringAttr> known; // by text: the name of the kernel that is kept
-    DenseMap<SymbolRefAttr, SymbolRefAttr> places;
     auto place = [&](gpu::GPUModuleOp part, StringAttr kernel) {
       return SymbolRefAttr::get(part.getSymNameAttr(), {FlatSymbolRefAttr::get(kernel)});
     };
     for (gpu::GPUModuleOp part : parts) {
-      StringRef prefix = part.getName();
-      prefix.consume_back("_kernels");
+      StringRef prefix = part.getName().rsplit("_kernels").first;
       for (auto kernel : llvm::to_vector(part.getOps<LLVM::LLVMFuncOp>())) {
         SymbolRefAttr before = place(part, kernel.getSymNameAttr());
         auto [kept, isNew] = known.try_emplace(textOf(kernel));
@@ -81,10 +101,6 @@ struct MergeKernelsPass : public mlir::moe::impl::MoEGPUMergeKernelsBase<MergeKe
         places[before] = place(merged, kept->second);
       }
     }
-    module.walk(
-        [&](gpu::LaunchFuncOp launch) { launch.setKernelAttr(places.lookup(launch.getKernel())); });
-    for (gpu::GPUModuleOp part : parts)
-      part.erase();
   }
 };
 

@@ -50,12 +50,24 @@ struct AttachTargetPass : public mlir::moe::impl::MoEGPUAttachTargetBase<AttachT
   using MoEGPUAttachTargetBase::MoEGPUAttachTargetBase;
 
   void runOnOperation() override {
-    const GPUArch *found = checkArch(getOperation(), arch);
-    if (!found)
-      return signalPassFailure();
+    SmallVector<const GPUArch *> chosen;
+    if (levels.empty())
+      chosen.push_back(findGPUArch("sm_80"));
+    for (const std::string &name : levels) {
+      const GPUArch *found = checkArch(getOperation(), name);
+      if (!found)
+        return signalPassFailure();
+      if (!llvm::is_contained(chosen, found))
+        chosen.push_back(found);
+    }
+    // Whatever the order of the option, so that the output does not depend on it.
+    llvm::sort(chosen, [](auto *a, auto *b) { return a->rank < b->rank; });
     Type bf16 = BFloat16Type::get(&getContext());
-    auto target = TargetAttr::get(&getContext(), Device::CUDA, found->name);
-    getOperation()->setAttr("moe.targets", ArrayAttr::get(&getContext(), {target}));
+    SmallVector<Attribute> targets =
+        llvm::map_to_vector(chosen, [&](const GPUArch *a) -> Attribute {
+          return TargetAttr::get(&getContext(), Device::CUDA, a->name);
+        });
+    getOperation()->setAttr("moe.targets", ArrayAttr::get(&getContext(), targets));
     for (auto func : getOperation().getOps<func::FuncOp>()) {
       if (!func->hasAttr(MoEDialect::kEntryAttrName))
         continue;
@@ -65,7 +77,8 @@ struct AttachTargetPass : public mlir::moe::impl::MoEGPUAttachTargetBase<AttachT
         compute ? error << compute.getValue() : error << "none";
         return signalPassFailure();
       }
-      func->setAttr(MoEDialect::kTargetAttrName, target);
+      if (targets.size() == 1)
+        func->setAttr(MoEDialect::kTargetAttrName, targets.front());
       func.walk([&](GroupedMatmulOp op) {
         Type rows = cast<ShapedType>(op.getRows().getType()).getElementType();
         if (!op.getRowTypeAttr() && rows != bf16)

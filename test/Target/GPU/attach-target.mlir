@@ -1,12 +1,15 @@
 // RUN: moe-opt %s --moe-gpu-attach-target --moe-gpu-select-strategy | FileCheck %s
-// RUN: moe-opt %s --moe-gpu-attach-target=arch=sm_90a --moe-gpu-select-strategy | FileCheck %s --check-prefix=HOPPER
-// RUN: not moe-opt %s --moe-gpu-attach-target=arch=sm_1 2>&1 | FileCheck %s --check-prefix=UNKNOWN
+// RUN: moe-opt %s --moe-gpu-attach-target=levels=sm_90a --moe-gpu-select-strategy | FileCheck %s --check-prefix=HOPPER
+// RUN: moe-opt %s --moe-gpu-attach-target=levels=sm_90a,sm_80 | FileCheck %s --check-prefix=BOTH
+// RUN: not moe-opt %s --moe-gpu-attach-target=levels=sm_1 2>&1 | FileCheck %s --check-prefix=UNKNOWN
 // RUN: sed 's/moe.compute = bf16/moe.compute = f32/' %s \
 // RUN:   | not moe-opt - --moe-gpu-attach-target 2>&1 | FileCheck %s --check-prefix=F32
 
 // HOPPER: moe.target = #moe.target<cuda, level = "sm_90a">
 // HOPPER: gpu_tiles = [#moe.gpu_tile<cols = 128, rows = 8, k = 64, stages = 8, warps_cols = 8, warps_rows = 1, up_to = {{[0-9]+}}, unit = wgmma>
 // HOPPER-SAME: #moe.gpu_tile<cols = 128, rows = 256, k = 64, stages = 4, warps_cols = 8, warps_rows = 1, unit = wgmma>]
+// BOTH: moe.targets = [#moe.target<cuda, level = "sm_80">, #moe.target<cuda, level = "sm_90a">]
+// BOTH-NOT: moe.target =
 // UNKNOWN: expected a GPU architecture (`sm_80`, `sm_90a`), but got `sm_1`
 // F32: expected moe.compute = bf16 for a GPU, but got 'f32'
 

@@ -79,6 +79,7 @@ struct LayerEntry {
 struct GPUImage {
   int32_t kind = 0;  ///< MOEC_IMAGE_...
   int32_t arch = 0;  ///< 80
+  std::string name;  ///< "sm_90a", "compute_80"
   std::string bytes; ///< PTX ends in a zero byte
 };
 
@@ -88,15 +89,24 @@ struct GPUKernel {
   uint32_t threads = 0, sharedBytes = 0;
 };
 
+/// The images and kernels of one level: moec_gpu_level. Those of a level follow one another.
+struct GPULevel {
+  std::string level; ///< "sm_90a"
+  int32_t rank = 0;
+  uint32_t needs = 0; ///< MOEC_GPU_...
+  int32_t firstImage = 0, imageCount = 0, firstKernel = 0, kernelCount = 0;
+};
+
 /// Everything in `<name>_moec_module`.
 struct CodeTable {
-  std::string name;    ///< C identifier, beginning of the exported symbol
-  std::string version; ///< moec's version
-  uint32_t abi = 0x00010001u;
+  std::string name;           ///< C identifier, beginning of the exported symbol
+  std::string version;        ///< moec's version
+  uint32_t abi = 0x00010001u; ///< the least that a runtime has to know
   std::vector<LayerCode> codes;
   std::vector<LayerEntry> layers;
   std::vector<GPUImage> images; ///< empty: code for the CPU
   std::vector<GPUKernel> kernels;
+  std::vector<GPULevel> gpuLevels; ///< by rising rank
 
   /// "<name>_moec_module".
   std::string symbol() const { return name + "_moec_module"; }

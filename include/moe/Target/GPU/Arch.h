@@ -39,9 +39,12 @@ const GPUArch *findGPUArch(llvm::StringRef name);
 /// "`sm_80`": the implemented ones, for messages.
 std::string implementedArchNames();
 
-/// "sm_80", "sm_86", ..., "sm_90a": what machine code can be assembled for. The kernels are those
-/// of `sm_80`, but for `sm_90a` its own.
+/// "sm_80", "sm_86", ..., "sm_90a": what machine code can be assembled for.
 llvm::ArrayRef<llvm::StringRef> assembledArchNames();
+
+/// The architecture whose kernels are assembled for such a name, the level of its code: `sm_90a`
+/// has its own, the others run those of `sm_80`.
+llvm::StringRef gpuLevelOf(llvm::StringRef assembled);
 
 } // namespace mlir::moe
 

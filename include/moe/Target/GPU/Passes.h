@@ -12,6 +12,7 @@
 #include "llvm/ADT/StringRef.h"
 
 #include <memory>
+#include <string>
 
 namespace mlir {
 class OpPassManager;
@@ -23,8 +24,11 @@ namespace moe {
 #define GEN_PASS_REGISTRATION
 #include "moe/Target/GPU/Passes.h.inc"
 
-/// On a module after moe-gpu-lower-host: its kernels, [{name, threads, shared}, ...].
+/// On a module after moe-gpu-lower-host: its kernels, [{name, level, threads, shared}, ...], those
+/// of a level one after another.
 inline constexpr llvm::StringLiteral kKernelsAttrName = "moe.gpu_kernels";
+/// The gpu.module with all kernels of a level: "kernels_sm_80".
+inline std::string kernelsModuleName(llvm::StringRef level) { return ("kernels_" + level).str(); }
 /// On a kernel: dynamic shared memory of a block, in bytes.
 inline constexpr llvm::StringLiteral kSharedBytesAttrName = "shared_bytes";
 

@@ -11,16 +11,17 @@
 include "mlir/Pass/PassBase.td"
 
 def MoEGPUAttachTarget : Pass<"moe-gpu-attach-target", "::mlir::ModuleOp"> {
-  let summary = "Mark every entry for a GPU architecture";
+  let summary = "Mark every entry for GPU architectures";
   let description = [{
-    Writes `moe.target = #moe.target<cuda, level = ...>` on every function with a `moe.entry`, and
-    `as bf16` on every matmul whose rows are not rounded yet: tensor cores read bf16, so the rows
-    between the matmuls are rounded too, which most CPU levels do not do. Lists the target in
-    `moe.targets` of the module, for `moe-clone-variants`. Functions whose compute type is
-    not bf16, unknown architectures and those that are not built yet are errors.
+    Lists `#moe.target<cuda, level = ...>` by rising level in `moe.targets` of the module, for
+    `moe-clone-variants`, and writes `as bf16` on every matmul whose rows are not rounded yet:
+    tensor cores read bf16, so the rows between the matmuls are rounded too, which most CPU levels
+    do not do. Where there is one level, every function with a `moe.entry` gets it as `moe.target`
+    at once. Functions whose compute type is not bf16, unknown architectures and those that are not
+    built yet are errors.
   }];
   let options = [
-    Option<"arch", "arch", "std::string", /*default=*/"\"sm_80\"", "GPU architecture">
+    ListOption<"levels", "levels", "std::string", "GPU architectures; none: sm_80">
   ];
   let dependentDialects = ["::mlir::moe::MoEDialect"];
 }
@@ -71,8 +72,8 @@ def MoEGPUEmitKernels : Pass<"moe-gpu-emit-kernels", "::mlir::ModuleOp"> {
 def MoEGPUEmitCallKernels : Pass<"moe-gpu-emit-call-kernels", "::mlir::ModuleOp"> {
   let summary = "Add the kernels that read and write the tensors of a call";
   let description = [{
-    Where a module has kernels, adds `gpu.module @call_kernels` with what the runtime launches
-    around the entries of every layer: `call_in` (ids and weights of the caller, of any type and
+    For every level that has kernels, adds `gpu.module @call_kernels_<level>` with what the runtime
+    launches around the entries of every layer: `call_in` (ids and weights of the caller, of any type and
     stride, become compact i32 and f32; foreign ids are reported), `call_out` (the reverse) and
     `call_counts` (rows per expert).
   }];
@@ -82,11 +83,11 @@ def MoEGPUEmitCallKernels : Pass<"moe-gpu-emit-call-kernels", "::mlir::ModuleOp"
 }
 
 def MoEGPUMergeKernels : Pass<"moe-gpu-merge-kernels", "::mlir::ModuleOp"> {
-  let summary = "Put the kernels of all entries into one gpu.module";
+  let summary = "Put the kernels of all entries of a level into one gpu.module";
   let description = [{
-    `gpu.module @kernels` gets every kernel under the name `<entry>_<kernel>`; kernels that are
-    equal but for their name are kept once, as most matmuls of entries that differ by the types of
-    x and y are. Launches follow.
+    `gpu.module @kernels_<level>` gets every kernel of its level under the name `<entry>_<kernel>`;
+    kernels that are equal but for their name are kept once, as most matmuls of entries that differ
+    by the types of x and y are. Launches follow.
   }];
   let dependentDialects = ["::mlir::gpu::GPUDialect"];
 }
@@ -96,9 +97,9 @@ def MoEGPULowerHost : Pass<"moe-gpu-lower-host", "::mlir::ModuleOp"> {
   let description = [{
     A function with a `cuda` target becomes the one stage of its entry, `<function>_stage0`, a
     moec_stage_fn. Its `gpu.launch_func` become calls through the moec_gpu_launcher of the frame
-    (include/moec/module.h): the kernel's number (in the order of the gpu.module), its name, grid,
+    (include/moec/module.h): the kernel's number (in the order of the gpu.modules), its name, grid,
     block, shared memory and the addresses of its arguments. `moe.gpu_kernels` on the module lists
-    the kernels of a merged gpu.module.
+    the kernels of merged gpu.modules.
   }];
   let dependentDialects = ["::mlir::LLVM::LLVMDialect"];
 }

@@ -33,6 +33,7 @@ namespace {
 struct Driver {
   std::optional<SimtCode> code;
   std::map<std::string, std::vector<uint32_t>> sizes; ///< of the arguments of kernels
+  std::map<std::string, std::string> modules;         ///< of kernels; call kernels are in several
   std::map<uint64_t, size_t> memory;
   std::unique_ptr<simt::Machine> machine; ///< null: memory has changed
   simt::Options options;
@@ -68,7 +69,7 @@ static int launchKernel(const char *kernel, const uint32_t grid[3], const uint32
       d.machine->addRegion(reinterpret_cast<const void *>(begin), bytes, "device memory", true,
                            false);
   }
-  auto function = d.code->find("kernels_" + std::string(kernel) + "_simt");
+  auto function = d.code->find(d.modules[kernel] + "_" + kernel + "_simt");
   if (!function) {
     d.error = llvm::toString(function.takeError());
     return launchFailed;
@@ -113,6 +114,9 @@ API bool moe_simt_load(const char *path) {
       op.erase();
   module->walk([](LLVM::LLVMFuncOp kernel) {
     std::vector<uint32_t> &sizes = driver().sizes[kernel.getSymName().str()];
+    sizes.clear();
+    driver().modules[kernel.getSymName().str()] =
+        kernel->getParentOfType<gpu::GPUModuleOp>().getName().str();
     for (auto [i, type] : llvm::enumerate(kernel.getArgumentTypes())) {
       bool map = bool(kernel.getArgAttr(i, LLVM::LLVMDialect::getByValAttrName()));
       sizes.push_back(map                                ? 128

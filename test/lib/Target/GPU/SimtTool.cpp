@@ -455,7 +455,7 @@ int main(int argc, char **argv) {
               "canonicalize,cse,func.func(moe-decompose-experts),canonicalize,cse,"
               "func.func(moe-fuse-router-dispatch),func.func(moe-fuse-gather),"
               "func.func(moe-fuse-activation),func.func(moe-fuse-combine),canonicalize,cse,"
-              "moe-gpu-attach-target{arch=" +
+              "moe-gpu-attach-target{levels=" +
                   gpuName + "}");
   if (!tiles.empty()) {
     Attribute attr = parseAttribute(tiles, &context);
