@@ -19,8 +19,14 @@ from test_attributes import CHANGES, E, H, bound, clear_tokens, source, spec_of,
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = Path(os.environ.get("MOE_BUILD_DIR", ROOT / "build")) / "bin" / "moe-simt"
 
-# One small tile: what differs between tiles is tested in test_gpu_simt.py.
-TILE = "[#moe.gpu_tile<cols = 64, rows = 8, k = 32, stages = 2, warps_cols = 2, warps_rows = 1>]"
+# One small tile a level: what differs between tiles is tested in test_gpu_simt.py and
+# test_gpu_wgmma.py.
+TILES = {
+    "sm_80": "cols = 64, rows = 8, k = 32, stages = 2, warps_cols = 2, warps_rows = 1",
+    "sm_90a": "cols = 128, rows = 8, k = 64, stages = 2, warps_cols = 8, warps_rows = 1, "
+    "unit = wgmma",
+}
+both_levels = pytest.mark.parametrize("gpu", TILES)
 T = 23
 # Routers that round as their model's own code does in bf16: where.
 ROUNDED = {
@@ -76,7 +82,18 @@ def stored(weight, role):
     return oracle.wide(weight).astype(np.float32)
 
 
-def run(layers, name, entry, folder, *options, given=None, x=None, router_x=None, start=None):
+def run(
+    layers,
+    name,
+    entry,
+    folder,
+    *options,
+    gpu="sm_80",
+    given=None,
+    x=None,
+    router_x=None,
+    start=None,
+):
     """One call; what it wrote."""
     number, roles = layers.entries[name]
     spec = layers.specs[name]
@@ -89,7 +106,8 @@ def run(layers, name, entry, folder, *options, given=None, x=None, router_x=None
     if given is not None:
         given[0].astype(np.int32).tofile(folder / "experts.bin")
         given[1].astype(np.float32).tofile(folder / "weights.bin")
-    command = [TOOL, layers.ir, f"--function={entry}{number}", f"--tiles={TILE}", *options]
+    command = [TOOL, layers.ir, f"--function={entry}{number}", f"--gpu={gpu}"]
+    command += [f"--tiles=[#moe.gpu_tile<{TILES[gpu]}>]", *options]
     command += ["--accumulate"] * (start is not None) + [f"{folder}:{len(x)}:{slots}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{name}: {done.stderr}"
@@ -126,12 +144,13 @@ def check_routing(out, routing, clear, name):
     np.testing.assert_allclose(got, exact, rtol=2e-5, atol=1e-7, err_msg=name)
 
 
+@both_levels
 @pytest.mark.parametrize("name", CHANGES)
-def test_forward(name, layers, tmp_path):
+def test_forward(name, gpu, layers, tmp_path):
     spec = layers.specs[name]
     ref = reference(spec, layers.weights[name])
     x, extra = inputs(spec)
-    out = run(layers, name, "f", tmp_path, "--order=shuffled:3", x=x, **extra)
+    out = run(layers, name, "f", tmp_path, "--order=shuffled:3", gpu=gpu, x=x, **extra)
     routing = ref.routing(extra.get("router_x", x))
     clear = clear_tokens(routing)
     assert clear.mean() > 0.8
@@ -143,15 +162,16 @@ def test_forward(name, layers, tmp_path):
 SUMS = [name for name, change in CHANGES.items() if "combine" in change]
 
 
+@both_levels
 @pytest.mark.parametrize("name", SUMS)
-def test_experts_given(name, layers, tmp_path):
+def test_experts_given(name, gpu, layers, tmp_path):
     """With ids that are missing, the routed sum alone, added to something; then the whole."""
     spec = layers.specs[name]
     ref = reference(spec, layers.weights[name])
     x, start = oracle.tokens(T, H, "bf16"), oracle.tokens(T, H, "bf16", seed=3)
     rng = np.random.default_rng(1)
     given = rng.integers(-1, E, (T, 4)), rng.random((T, 4)).astype(np.float32)
-    out = run(layers, name, "e", tmp_path, "--routed-only", x=x, given=given, start=start)
+    out = run(layers, name, "e", tmp_path, "--routed-only", gpu=gpu, x=x, given=given, start=start)
     exact = oracle.wide(start) + ref.experts(x, *given)
     assert oracle.relative(out["y"], exact) <= bound("bf16")
 
@@ -186,13 +206,14 @@ def test_rounded_routers(name, layers, tmp_path):
     np.testing.assert_array_equal(from_bf16(bf16_bits(out["weights"])), out["weights"])
 
 
+@both_levels
 @pytest.mark.parametrize("name", ["plain", "deepseek_v3", "llama4", "shared_scaled"])
-def test_atomic(name, layers, tmp_path):
+def test_atomic(name, gpu, layers, tmp_path):
     """gpu_combine = "atomic": the same sums in whatever order blocks come."""
     spec = layers.specs[name]
     ref = reference(spec, layers.weights[name])
     x, extra = inputs(spec)
     clear = clear_tokens(ref.routing(x))
     for order in ("forward", "reverse"):
-        out = run(layers, name, "f", tmp_path, "--atomic", f"--order={order}", x=x)
+        out = run(layers, name, "f", tmp_path, "--atomic", f"--order={order}", gpu=gpu, x=x)
         assert oracle.relative(out["y"][clear], ref(x, **extra)[clear]) <= bound("bf16")

@@ -24,6 +24,7 @@
 //
 //===----------------------------------------------------------------------===//
 
+#include "AtomicSums.h"
 #include "TileSearch.h"
 
 using namespace mlir;
@@ -47,7 +48,6 @@ private:
   void copyStage(Value step, Value stage);
   SmallVector<Value> multiply(Value stage, ValueRange sums);
   LogicalResult storeResult(ValueRange sums);
-  void addToSums(Value row, Value col, Value words);
 
   int64_t parts() const { return spec.weight.getParts(); }
   int64_t stageBytes() const { return tile.getWeightBytes() + tile.getRowBytes(); }
@@ -281,28 +281,12 @@ LogicalResult GemmEmitter::storeResult(ValueRange sums) {
       Value place = g.add(g.mul(row, pitch), g.mul(chunk, 16));
       Value words = g.load(g.vec4(), g.at(shared, place), 16);
       if (spec.add)
-        return addToSums(g.add(firstRow, row), col, words);
+        return emitAddToSums(g, spec, args, g.add(firstRow, row), col, words);
       Value index = g.add(g.mul(g.wide(g.add(firstRow, row)), spec.resultWidth), g.wide(col));
       g.store(words, g.element(args[5], index, 2), 16);
     });
   });
   return success();
-}
-
-/// The atomic combine: 8 columns of a row into the sums of its token.
-void GemmEmitter::addToSums(Value row, Value col, Value words) {
-  Value position = g.loadI32(g.element(args[1], row, 4));
-  Value scale = args.back(), weight = scale;
-  if (!spec.unweighted)
-    weight = g.mulf(g.loadF32(g.element(args[args.size() - 2], position, 4)), scale);
-  Value token = g.div(position, args[2]);
-  Value index = g.add(g.mul(g.wide(token), spec.resultWidth), g.wide(col));
-  for (int64_t i = 0; i < 8; ++i) {
-    Value word = g.lane(words, i / 2), v = i % 2 ? g.highHalf(word) : g.lowHalf(word);
-    LLVM::AtomicRMWOp::create(g.b, g.loc, LLVM::AtomicBinOp::fadd,
-                              g.element(args[5], g.add(index, i), 4), g.mulf(weight, v),
-                              LLVM::AtomicOrdering::monotonic, "device");
-  }
 }
 
 LogicalResult GemmEmitter::emit() {

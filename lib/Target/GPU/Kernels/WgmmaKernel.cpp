@@ -28,6 +28,7 @@
 //
 //===----------------------------------------------------------------------===//
 
+#include "AtomicSums.h"
 #include "TileSearch.h"
 #include "WgmmaAsm.h"
 
@@ -364,6 +365,8 @@ LogicalResult WgmmaEmitter::store(ValueRange sums) {
       Value col = g.add(firstCol, g.mul(chunk, 8));
       g.ifThen(g.andi(g.less(inTile, rowCount), g.less(col, spec.resultWidth)), [&] {
         Value words = g.load(g.vec4(), g.at(place, g.add(g.mul(row, pitch), g.mul(chunk, 16))), 16);
+        if (spec.add)
+          return emitAddToSums(g, spec, args, g.add(firstRow, inTile), col, words);
         Value index = g.add(g.mul(g.wide(g.add(firstRow, inTile)), spec.resultWidth), g.wide(col));
         g.store(words, g.element(args[5], index, 2), 16);
       });
@@ -415,8 +418,5 @@ LogicalResult WgmmaEmitter::emit() {
 
 LogicalResult mlir::moe::emitWgmmaGemm(OpBuilder &b, LLVM::LLVMFuncOp kernel,
                                        const GemmKernel &spec) {
-  if (spec.add)
-    return emitError(kernel.getLoc(), "expected gpu_combine = ordered with unit = wgmma, but got "
-                                      "atomic");
   return WgmmaEmitter(b, kernel, spec).emit();
 }
