@@ -11,6 +11,9 @@ using namespace mlir;
 using namespace mlir::moe;
 using namespace mlir::moe::tile;
 
+/// Tokens of a call whose router's weight is shared among lanes instead of the tokens.
+static constexpr int64_t kFewTokens = 4;
+
 //===----------------------------------------------------------------------===//
 // Groups
 //===----------------------------------------------------------------------===//
@@ -139,7 +142,12 @@ LogicalResult EntryTiler::tileRouter(OpTy op, Value outLogits,
            << unimplemented;
   Value x = op.getX();
   WeightType type = op.getWeight().getType();
-  UkernelAttr kernel = strategy.getUkernel();
+  // A router's products are made in one go and have nothing to touch ahead.
+  UkernelAttr chosen = strategy.getUkernel();
+  auto kernel =
+      UkernelAttr::get(chosen.getContext(), chosen.getLevel(), chosen.getRows(), chosen.getPanels(),
+                       chosen.getOrder(), chosen.getPrefetch(), chosen.getProduct(), /*ahead=*/0,
+                       /*k_block=*/0, LoadHint::Near, /*defer=*/0);
   Type element =
       op.getCompute() ? *op.getCompute() : cast<MemRefType>(x.getType()).getElementType();
   // In f32 a model's own rounding is ours.
@@ -156,39 +164,71 @@ LogicalResult EntryTiler::tileRouter(OpTy op, Value outLogits,
       return failure();
     cursor = alloc(b, {experts}, b.getI32Type());
   }
-  StageOp stage = stageFor(op.getOperation(), "route", /*withTail=*/bool(dispatch));
+  StageOp stage = stageFor(op.getOperation(), "route", /*withTail=*/true);
+  // Few tokens: lanes share the experts, and with them the weight, which is what takes time; the
+  // last lane selects. Many: they share the tokens.
+  int64_t fewest = std::min(kernel.getRows(), kFewTokens), width = type.panelCount() * kPanelWidth;
+  Value few = arith::CmpIOp::create(b, loc, arith::CmpIPredicate::ule, tokens,
+                                    Index(b, loc).constant(fewest));
+  Value shared = alloc(b, {fewest, width}, b.getF32Type());
   OpBuilder body = atEnd(stage.getBody());
   Value a = alloc(body, {kernel.getRows() * roundUp(type.getCols(), 16)}, body.getF32Type());
-  Value logits =
-      alloc(body, {kernel.getRows(), type.panelCount() * kPanelWidth}, body.getF32Type());
-  // Few tokens are shared among the lanes, although each lane then reads all of the weight: with
-  // one block the others would wait.
-  Value blocks = Index(body, loc).ceilDiv(tokens, kernel.getRows());
-  blocks = Index(body, loc).max(blocks, Index(body, loc).min(tokens, stage.getLanes()));
-  claimTasks(body, stage, blocks, /*guided=*/false, {},
-             [&](OpBuilder &b, Value block, ValueRange) -> SmallVector<Value> {
+  Value logits = alloc(body, {kernel.getRows(), width}, body.getF32Type());
+  Index at(body, loc);
+  Value blocks = at.ceilDiv(tokens, kernel.getRows()), panels = at.constant(type.panelCount());
+  blocks = at.max(at.max(blocks, at.min(tokens, stage.getLanes())), at.constant(1));
+  Value share = at.ceilDiv(panels, at.mul(stage.getLanes(), 2));
+  if (kernel.getPanels() > 1)
+    share = at.mul(at.ceilDiv(share, kernel.getPanels()), kernel.getPanels());
+  Value tasks = arith::SelectOp::create(body, loc, few, at.ceilDiv(panels, share), blocks);
+  auto emitSelect = [&](OpBuilder &b, Value logits, Value first, Value count) {
+    SelectExpertsOp::create(b, loc, logits, first, count, vectors.selectionBias,
+                            vectors.expertScale, op.getOutWeights(), op.getOutExperts(), outLogits,
+                            b.getI64IntegerAttr(experts), router);
+  };
+  // The first token whose rows lie in this lane's scratch; none at first.
+  Value none = at.constant(-1);
+  claimTasks(body, stage, tasks, /*guided=*/false, none,
+             [&](OpBuilder &b, Value task, ValueRange state) -> SmallVector<Value> {
                Index index(b, loc);
-               Value first = index.part(tokens, block, blocks);
-               Value end = index.part(tokens, index.add(block, index.constant(1)), blocks);
+               Value zero = index.constant(0), next = index.add(task, index.constant(1));
+               auto choose = [&](Value ifFew, Value ifMany) -> Value {
+                 return arith::SelectOp::create(b, loc, few, ifFew, ifMany);
+               };
+               Value first = choose(zero, index.part(tokens, task, blocks));
+               Value end = choose(tokens, index.part(tokens, next, blocks));
                Value count = index.sub(end, first);
-               PackRowsOp::create(b, loc, x, Value(), Value(), Value(), first, count, a,
+               Value other =
+                   arith::CmpIOp::create(b, loc, arith::CmpIPredicate::ne, first, state[0]);
+               auto guard = scf::IfOp::create(b, loc, other, /*withElseRegion=*/false);
+               OpBuilder pack = OpBuilder::atBlockTerminator(guard.thenBlock());
+               PackRowsOp::create(pack, loc, x, Value(), Value(), Value(), first, count, a,
                                   TypeAttr::get(element));
                if (vectors.inputScale)
-                 NormalizeRowsOp::create(b, loc, count, a, vectors.inputScale,
+                 NormalizeRowsOp::create(pack, loc, count, a, vectors.inputScale,
                                          b.getF64FloatAttr(router.getInputEpsilon()),
                                          router.roundsLogits() ? b.getUnitAttr() : UnitAttr());
-               Value zero = index.constant(0);
-               forLoop(b, zero, index.constant(type.panelCount()), kernel.getPanels(),
-                       [&](OpBuilder &b, Value panel) {
-                         GemmTileOp::create(b, loc, count, a, op.getWeight(), zero, panel, logits,
-                                            zero, ResultForm::Rows, kernel)
-                             .setBias(vectors.bias);
-                       });
-               SelectExpertsOp::create(b, loc, logits, first, count, vectors.selectionBias,
-                                       vectors.expertScale, op.getOutWeights(), op.getOutExperts(),
-                                       outLogits, b.getI64IntegerAttr(experts), router);
-               return {};
+               auto multiply = [&](OpBuilder &b, Value from, Value to, Value into) {
+                 forLoop(b, from, to, kernel.getPanels(), [&](OpBuilder &b, Value panel) {
+                   GemmTileOp::create(b, loc, count, a, op.getWeight(), zero, panel, into, zero,
+                                      ResultForm::Rows, kernel)
+                       .setBias(vectors.bias);
+                 });
+               };
+               auto choice = scf::IfOp::create(b, loc, few, /*withElseRegion=*/true);
+               OpBuilder inner = OpBuilder::atBlockTerminator(choice.thenBlock());
+               Value from = Index(inner, loc).mul(task, share);
+               multiply(inner, from,
+                        Index(inner, loc).min(Index(inner, loc).add(from, share), panels), shared);
+               inner = OpBuilder::atBlockTerminator(choice.elseBlock());
+               multiply(inner, zero, panels, logits);
+               emitSelect(inner, logits, first, count);
+               return {first};
              });
+  OpBuilder tail = atEnd(stage.getTail());
+  auto choice = scf::IfOp::create(tail, loc, few, /*withElseRegion=*/false);
+  OpBuilder inner = OpBuilder::atBlockTerminator(choice.thenBlock());
+  emitSelect(inner, shared, Index(inner, loc).constant(0), tokens);
   if (dispatch) {
     OpBuilder tail = atEnd(stage.getTail());
     sortPairs(tail, op.getOutExperts(), *groups, dispatch->second, cursor);
