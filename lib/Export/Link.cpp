@@ -22,11 +22,15 @@ namespace moec {
 
 /// LLD maps its output, where a full disk is a signal (SIGBUS) and no error: so the room is taken
 /// first, given back, and then used.
-static llvm::Error findRoom(llvm::StringRef object, llvm::StringRef scratch,
+static llvm::Error findRoom(llvm::ArrayRef<std::string> objects, llvm::StringRef scratch,
                             llvm::StringRef shown) {
   uint64_t bytes = 0;
-  if (std::error_code error = llvm::sys::fs::file_size(object, bytes))
-    return osError(object, "the object file", error.value());
+  for (const std::string &object : objects) {
+    uint64_t size = 0;
+    if (std::error_code error = llvm::sys::fs::file_size(object, size))
+      return osError(object, "the object file", error.value());
+    bytes += size;
+  }
   std::string room = (scratch + "/room").str();
   auto file = StagedFile::create(room, shown);
   if (!file)
@@ -36,18 +40,18 @@ static llvm::Error findRoom(llvm::StringRef object, llvm::StringRef scratch,
   return error;
 }
 
-llvm::Error linkShared(llvm::StringRef object, llvm::StringRef library, llvm::StringRef soname,
-                       llvm::StringRef exported, llvm::StringRef scratch) {
+llvm::Error linkShared(llvm::ArrayRef<std::string> objects, llvm::StringRef library,
+                       llvm::StringRef soname, llvm::StringRef exported, llvm::StringRef scratch) {
   std::string script = (scratch + "/exports.map").str();
   if (llvm::Error error =
           writeFile(script, ("{ global: " + exported + "; local: *; };\n").str(), "exports.map"))
     return error;
-  if (llvm::Error error = findRoom(object, scratch, soname))
+  if (llvm::Error error = findRoom(objects, scratch, soname))
     return error;
   std::string sonameOption = ("-soname=" + soname).str();
   std::string scriptOption = "--version-script=" + script;
-  std::string output = library.str(), input = object.str();
-  const char *arguments[] = {
+  std::string output = library.str();
+  std::vector<const char *> arguments = {
       "ld.lld",
       "-shared",
       "-m",
@@ -66,8 +70,9 @@ llvm::Error linkShared(llvm::StringRef object, llvm::StringRef library, llvm::St
       scriptOption.c_str(),
       "-o",
       output.c_str(),
-      input.c_str(),
   };
+  for (const std::string &object : objects)
+    arguments.push_back(object.c_str());
   std::string out, err;
   llvm::raw_string_ostream outStream(out), errStream(err);
   lld::Result result = lld::lldMain(arguments, outStream, errStream, {{lld::Gnu, &lld::elf::link}});

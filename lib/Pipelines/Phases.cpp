@@ -66,8 +66,9 @@ static std::string target(const PipelineOptions &options) {
 static std::string strategy(const PipelineOptions &options) {
   std::string text = options.isGPU() ? "moe-gpu-select-strategy" : "moe-select-strategy";
   std::vector<std::string> values;
-  if (options.l2Bytes && !options.isGPU())
-    values.push_back("l2-bytes=" + std::to_string(options.l2Bytes));
+  for (const auto &[name, value] : options.core)
+    if (value > 0 && !options.isGPU())
+      values.push_back(name + "=" + std::to_string(value));
   // One line, so that the text of the pipeline can be pasted into a shell.
   if (!options.strategyText.empty()) {
     if (auto value = llvm::json::parse(options.strategyText)) {

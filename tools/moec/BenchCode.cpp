@@ -50,7 +50,7 @@ llvm::Error compileInto(const ModelSpec &spec, const std::string &level,
   if (llvm::Error error = writeFile(object, llvm::StringRef(code->data(), code->size())))
     return error;
   if (llvm::Error error =
-          linkShared(object, folder + "/" + library, library, table->symbol(), scratch))
+          linkShared({object}, folder + "/" + library, library, table->symbol(), scratch))
     return error;
   llvm::sys::fs::remove(object);
   ManifestInput manifest{

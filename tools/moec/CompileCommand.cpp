@@ -189,7 +189,20 @@ static llvm::Expected<Request> understand() {
     if (!read)
       return read.takeError();
     machine = std::move(*read);
-    out.pipeline.l2Bytes = machine->l2;
+    auto one = [&](const std::map<std::string, Rate> &rates, llvm::StringRef name) {
+      auto found = rates.find(name.str());
+      return found == rates.end() ? int64_t(0) : static_cast<int64_t>(found->second.one);
+    };
+    int64_t readOne = 0;
+    for (const auto &[name, rate] : machine->read)
+      readOne = std::max(readOne, static_cast<int64_t>(rate.one));
+    out.pipeline.core = {{"l1-bytes", machine->l1d},
+                         {"l2-bytes", machine->l2},
+                         {"read", readOne},
+                         {"fma-256", one(machine->flops, "fma_f32_256")},
+                         {"fma-512", one(machine->flops, "fma_f32_512")},
+                         {"dot", one(machine->flops, "dpbf16_512")},
+                         {"tile", one(machine->flops, "amx_bf16")}};
   }
   auto levels = parseLevels(cpuOption, machine ? &*machine : nullptr);
   if (!levels)
@@ -368,30 +381,45 @@ static llvm::Error work(Request request) {
   auto format = request.emit == Emit::Asm    ? mlir::moe::CodeFormat::Assembly
                 : request.emit == Emit::LLVM ? mlir::moe::CodeFormat::LLVM
                                              : mlir::moe::CodeFormat::Object;
-  auto code = compiler.code(*table, format);
-  if (!code)
-    return code.takeError();
-  llvm::StringRef bytes(code->data(), code->size());
+  // An archive holds one object, whose functions are its own: two of them go into one program.
+  bool archive = request.emit == Emit::Archive, single = archive || !request.makesFolder();
+  std::vector<llvm::SmallVector<char, 0>> code;
+  if (single) {
+    auto one = compiler.code(*table, format);
+    if (!one)
+      return one.takeError();
+    code.push_back(std::move(*one));
+  } else {
+    auto several = compiler.objects(*table);
+    if (!several)
+      return several.takeError();
+    code = std::move(*several);
+  }
   if (!request.makesFolder())
-    return deliver(request, bytes);
+    return deliver(request, llvm::StringRef(code.front().data(), code.front().size()));
 
   // The folder. LLD resets every option of this process, so they are read before it runs.
   std::string target = output;
   noteForCrash("phase.txt", "export\n");
   std::string folder = stageFolder + "/output";
-  std::string object = stageFolder + "/" + spec.name + ".o";
-  bool archive = request.emit == Emit::Archive;
   std::string library = "lib" + spec.name + (archive ? ".a" : ".so");
-  if (llvm::Error error = writeFile(object, bytes, spec.name + ".o"))
-    return error;
-  if (archive) {
-    if (llvm::Error error = writeArchive(object, folder + "/" + library, spec.name + ".o"))
+  std::vector<std::string> objects;
+  for (const auto &bytes : code) {
+    std::string name = spec.name + (single ? "" : "." + std::to_string(objects.size())) + ".o";
+    objects.push_back(stageFolder + "/" + name);
+    if (llvm::Error error =
+            writeFile(objects.back(), llvm::StringRef(bytes.data(), bytes.size()), name))
       return error;
-  } else if (llvm::Error error = linkShared(object, folder + "/" + library, library,
+  }
+  if (archive) {
+    if (llvm::Error error = writeArchive(objects.front(), folder + "/" + library, spec.name + ".o"))
+      return error;
+  } else if (llvm::Error error = linkShared(objects, folder + "/" + library, library,
                                             table->symbol(), stageFolder)) {
     return error;
   }
-  llvm::sys::fs::remove(object);
+  for (const std::string &object : objects)
+    llvm::sys::fs::remove(object);
   if (llvm::Error error = writeFile(folder + "/" + spec.name + ".h", headerText(*table)))
     return error;
   ManifestInput manifest{

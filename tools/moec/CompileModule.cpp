@@ -201,8 +201,12 @@ static llvm::json::Value fieldsOf(mlir::Operation *op) {
                             {"prefetch", kernel.getPrefetch()},
                             {"ahead", kernel.getAhead()},
                             {"k_block", kernel.getKBlock()},
+                            {"hint", moe::stringifyLoadHint(kernel.getHint())},
+                            {"defer", kernel.getDefer()},
                             {"chunk_rows", strategy.getChunkRows()},
-                            {"panels_per_task", strategy.getPanelsPerTask()}};
+                            {"panels_per_task", strategy.getPanelsPerTask()},
+                            {"sum_rows", strategy.getSumRows()},
+                            {"k_chunk", strategy.getKChunk()}};
 }
 
 /// What the tiles of a GPU take of a processor, and when each is launched.
@@ -252,6 +256,23 @@ static llvm::json::Value reasonOf(mlir::Operation *op) {
        << matmul.getWeightType().panelCount() << " panels share a pass over it; rows from "
        << moe::stringifyRowSource(strategy.getSource()) << ", result as "
        << moe::stringifyResultForm(strategy.getResult());
+    uint64_t group = 64 / element;
+    if (strategy.getKChunk())
+      os << "; all panels of a task take " << group * strategy.getKChunk()
+         << " of k before the next, so "
+         << sizeText(strategy.getChunkRows() * strategy.getKChunk() * 64) << " of them wait in L2";
+    if (kernel.getKBlock() && kernel.getKBlock() != strategy.getKChunk())
+      os << "; " << sizeText(kernel.getKBlock() * 64 * 32)
+         << " of a panel at a time stay in L1 for all blocks";
+    if (kernel.getAhead())
+      os << "; blocks touch " << kernel.getAhead()
+         << " lines of later weights a step, which memory delivers slower than tiles compute";
+    if (kernel.getDefer())
+      os << "; a block's result is made while the next one multiplies";
+    if (matmul.hasCombine())
+      os << "; the sums of " << strategy.getPanelsPerTask()
+         << " panels up to T = " << strategy.getSumRows() / strategy.getPanelsPerTask() << " take "
+         << sizeText(strategy.getSumRows() * 128) << ", with more tokens those of fewer panels";
   }
   return text;
 }
@@ -409,19 +430,32 @@ llvm::Error ModuleCompiler::addImages(moe::CodeTable &table, llvm::ArrayRef<std:
   return llvm::Error::success();
 }
 
-llvm::Expected<llvm::SmallVector<char, 0>> ModuleCompiler::code(const moe::CodeTable &table,
-                                                                moe::CodeFormat format) {
+/// `generate`'s result, with what MLIR said where it failed.
+template <typename Result>
+static Result withDiagnostics(mlir::MLIRContext *context, llvm::function_ref<Result()> generate) {
   std::string diagnostics;
-  mlir::ScopedDiagnosticHandler handler(impl->context.get(), [&](mlir::Diagnostic &diagnostic) {
+  mlir::ScopedDiagnosticHandler handler(context, [&](mlir::Diagnostic &diagnostic) {
     if (diagnostic.getSeverity() == mlir::DiagnosticSeverity::Error)
       diagnostics += (diagnostics.empty() ? "" : "; ") + diagnostic.str();
     return mlir::success();
   });
-  auto code = moe::generateCode(*impl->module, &table, format);
-  if (!code && !diagnostics.empty())
-    return llvm::joinErrors(code.takeError(),
+  Result result = generate();
+  if (!result && !diagnostics.empty())
+    return llvm::joinErrors(result.takeError(),
                             makeError(ErrorCode::INTERNAL, "codegen", "", diagnostics));
-  return code;
+  return result;
+}
+
+llvm::Expected<llvm::SmallVector<char, 0>> ModuleCompiler::code(const moe::CodeTable &table,
+                                                                moe::CodeFormat format) {
+  return withDiagnostics<llvm::Expected<llvm::SmallVector<char, 0>>>(
+      impl->context.get(), [&] { return moe::generateCode(*impl->module, &table, format); });
+}
+
+llvm::Expected<std::vector<llvm::SmallVector<char, 0>>>
+ModuleCompiler::objects(const moe::CodeTable &table) {
+  return withDiagnostics<llvm::Expected<std::vector<llvm::SmallVector<char, 0>>>>(
+      impl->context.get(), [&] { return moe::generateObjects(*impl->module, &table); });
 }
 
 /// JSON text of an attribute of the module, which `parse` has seen if it came from outside.

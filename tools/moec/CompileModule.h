@@ -36,7 +36,7 @@ struct PipelineChoice {
   std::string from, to;            ///< phases; empty: the first, the last
   std::string dumpFolder;          ///< --dump-phases
   std::string strategyFile;        ///< --strategy
-  int64_t l2Bytes = 0;             ///< of --machine; 0: unknown
+  std::vector<std::pair<std::string, int64_t>> core; ///< of --machine, as PipelineOptions::core
   std::vector<std::string> disabledPasses;
   bool remarks = false;
 };
@@ -97,6 +97,9 @@ public:
                         llvm::StringRef scratch);
   llvm::Expected<llvm::SmallVector<char, 0>> code(const mlir::moe::CodeTable &table,
                                                   mlir::moe::CodeFormat format);
+  /// Objects that linked together are the code, made on several threads.
+  llvm::Expected<std::vector<llvm::SmallVector<char, 0>>>
+  objects(const mlir::moe::CodeTable &table);
   /// The strategies chosen, as the `strategy` section of a manifest.
   llvm::json::Value strategies() const;
   /// Why each of them was chosen: a sentence for every matmul of every function.

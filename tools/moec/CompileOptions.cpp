@@ -232,7 +232,7 @@ llvm::Expected<moe::PipelineOptions> pipelineOptions(const PipelineChoice &choic
   if (!strategy)
     return strategy.takeError();
   options.strategyText = std::move(*strategy);
-  options.l2Bytes = choice.l2Bytes;
+  options.core = choice.core;
   return options;
 }
 

@@ -8,16 +8,17 @@
 #ifndef MOE_EXPORT_LINK_H
 #define MOE_EXPORT_LINK_H
 
+#include "llvm/ADT/ArrayRef.h"
 #include "llvm/ADT/StringRef.h"
 #include "llvm/Support/Error.h"
 
 namespace moec {
 
-/// Links `object` into the shared library `library` with LLD, in this process. The library needs
+/// Links `objects` into the shared library `library` with LLD, in this process. The library needs
 /// no other library, its soname is `soname`, its only dynamic symbol is `exported`, and equal
 /// objects give equal bytes. Uses files in `scratch` (removed again).
-llvm::Error linkShared(llvm::StringRef object, llvm::StringRef library, llvm::StringRef soname,
-                       llvm::StringRef exported, llvm::StringRef scratch);
+llvm::Error linkShared(llvm::ArrayRef<std::string> objects, llvm::StringRef library,
+                       llvm::StringRef soname, llvm::StringRef exported, llvm::StringRef scratch);
 
 /// Writes a deterministic static archive with one member `name.o`.
 llvm::Error writeArchive(llvm::StringRef object, llvm::StringRef archive, llvm::StringRef member);

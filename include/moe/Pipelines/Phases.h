@@ -33,8 +33,10 @@ struct PipelineOptions {
   std::vector<std::string> types;          ///< types of x and y; empty: f32 and bf16
   std::vector<std::string> disabledPasses; ///< names of optional passes that are left out
   std::string strategyText;                ///< JSON of moe-select-strategy; empty: none
-  int64_t l2Bytes = 0;                     ///< L2 cache of the machine; 0: what the pass assumes
-  bool verifyEach = true;                  ///< verify after every pass
+  /// Options of moe-select-strategy that describe a core ("l2-bytes"); those that are not there,
+  /// the level assumes.
+  std::vector<std::pair<std::string, int64_t>> core;
+  bool verifyEach = true; ///< verify after every pass
   bool isGPU() const { return !gpuLevels.empty(); }
   /// Called with the name of every phase that has run and the module after it.
   std::function<llvm::Error(llvm::StringRef phase, ModuleOp module)> afterPhase;

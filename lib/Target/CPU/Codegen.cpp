@@ -14,6 +14,8 @@
 #include "mlir/Target/LLVMIR/Dialect/LLVMIR/LLVMToLLVMIRTranslation.h"
 #include "mlir/Target/LLVMIR/Export.h"
 #include "llvm/ADT/StringSet.h"
+#include "llvm/Bitcode/BitcodeReader.h"
+#include "llvm/Bitcode/BitcodeWriter.h"
 #include "llvm/CodeGen/TargetSubtargetInfo.h"
 #include "llvm/IR/InstIterator.h"
 #include "llvm/IR/IntrinsicInst.h"
@@ -24,7 +26,9 @@
 #include "llvm/Object/ELFObjectFile.h"
 #include "llvm/Passes/PassBuilder.h"
 #include "llvm/Support/TargetSelect.h"
+#include "llvm/Support/ThreadPool.h"
 #include "llvm/Target/TargetMachine.h"
+#include "llvm/Transforms/Utils/SplitModule.h"
 
 using namespace mlir;
 using namespace mlir::moe;
@@ -185,26 +189,39 @@ llvm::Error mlir::moe::emitCode(llvm::Module &module, llvm::TargetMachine &machi
   return llvm::Error::success();
 }
 
-llvm::Error mlir::moe::checkObjectSymbols(llvm::ArrayRef<char> object) {
-  llvm::MemoryBufferRef buffer(llvm::StringRef(object.data(), object.size()), "moec object");
-  auto file = llvm::object::ObjectFile::createObjectFile(buffer);
-  if (!file)
-    return file.takeError();
-  static const llvm::StringSet<> allowed = {"memset", "memcpy", "memmove", "_GLOBAL_OFFSET_TABLE_"};
-  for (const llvm::object::SymbolRef &symbol : (*file)->symbols()) {
-    auto flags = symbol.getFlags();
-    if (!flags)
-      return flags.takeError();
-    if (!(*flags & llvm::object::SymbolRef::SF_Undefined))
-      continue;
-    auto name = symbol.getName();
-    if (!name)
-      return name.takeError();
-    if (!name->empty() && !allowed.contains(*name))
-      return makeError(ErrorCode::INTERNAL, "generated code",
-                       "calls to memset, memcpy and memmove alone", "a call to `" + *name + "`");
+llvm::Error mlir::moe::checkObjectSymbols(llvm::ArrayRef<llvm::ArrayRef<char>> objects) {
+  llvm::StringSet<> allowed = {"memset", "memcpy", "memmove", "_GLOBAL_OFFSET_TABLE_"};
+  std::vector<std::string> needed;
+  for (llvm::ArrayRef<char> object : objects) {
+    llvm::MemoryBufferRef buffer(llvm::StringRef(object.data(), object.size()), "moec object");
+    auto file = llvm::object::ObjectFile::createObjectFile(buffer);
+    if (!file)
+      return file.takeError();
+    for (const llvm::object::SymbolRef &symbol : (*file)->symbols()) {
+      auto flags = symbol.getFlags();
+      if (!flags)
+        return flags.takeError();
+      auto name = symbol.getName();
+      if (!name)
+        return name.takeError();
+      if (*flags & llvm::object::SymbolRef::SF_Undefined)
+        needed.push_back(name->str());
+      else if (*flags & llvm::object::SymbolRef::SF_Global)
+        allowed.insert(*name);
+    }
   }
+  for (const std::string &name : needed)
+    if (!name.empty() && !allowed.contains(name))
+      return makeError(ErrorCode::INTERNAL, "generated code",
+                       "calls to memset, memcpy and memmove alone", "a call to `" + name + "`");
   return llvm::Error::success();
+}
+
+/// Optimized code of a module that nothing is wrong with.
+static llvm::Error finishCode(llvm::Module &module, llvm::TargetMachine &machine, CodeFormat format,
+                              llvm::SmallVectorImpl<char> &out) {
+  optimizeModule(module, machine);
+  return emitCode(module, machine, format, out);
 }
 
 llvm::Expected<llvm::SmallVector<char, 0>>
@@ -218,12 +235,72 @@ mlir::moe::generateCode(ModuleOp module, const CodeTable *table, CodeFormat form
     return code.takeError();
   if (llvm::Error error = checkFunctionAttributes(**code, **machine))
     return std::move(error);
-  optimizeModule(**code, **machine);
   llvm::SmallVector<char, 0> out;
-  if (llvm::Error error = emitCode(**code, **machine, format, out))
+  if (llvm::Error error = finishCode(**code, **machine, format, out))
     return std::move(error);
   if (format == CodeFormat::Object)
-    if (llvm::Error error = checkObjectSymbols(out))
+    if (llvm::Error error = checkObjectSymbols(llvm::ArrayRef<char>(out)))
       return std::move(error);
   return std::move(out);
+}
+
+/// Objects of one library, and functions below which a module stays one: a part costs 10 ms.
+static constexpr unsigned kParts = 4;
+static constexpr size_t kFewFunctions = 48;
+
+llvm::Expected<std::vector<llvm::SmallVector<char, 0>>>
+mlir::moe::generateObjects(ModuleOp module, const CodeTable *table) {
+  auto machine = createCPUTargetMachine();
+  if (!machine)
+    return machine.takeError();
+  llvm::LLVMContext context;
+  auto code = translateToLLVM(module, context, **machine, table);
+  if (!code)
+    return code.takeError();
+  if (llvm::Error error = checkFunctionAttributes(**code, **machine))
+    return std::move(error);
+  std::vector<llvm::SmallVector<char, 0>> parts;
+  if ((*code)->size() <= kFewFunctions) {
+    if (llvm::Error error = finishCode(**code, **machine, CodeFormat::Object, parts.emplace_back()))
+      return std::move(error);
+  } else {
+    // A context belongs to one thread, so parts travel as bitcode.
+    llvm::SplitModule(
+        **code, kParts,
+        [&](std::unique_ptr<llvm::Module> part) {
+          llvm::raw_svector_ostream os(parts.emplace_back());
+          llvm::WriteBitcodeToFile(*part, os);
+        },
+        /*PreserveLocals=*/false);
+    std::vector<std::string> errors(parts.size());
+    llvm::DefaultThreadPool pool(llvm::heavyweight_hardware_concurrency(parts.size()));
+    for (size_t i = 0; i < parts.size(); ++i)
+      pool.async([&, i] {
+        auto run = [&]() -> llvm::Error {
+          auto own = createCPUTargetMachine();
+          if (!own)
+            return own.takeError();
+          llvm::LLVMContext context;
+          llvm::StringRef bitcode(parts[i].data(), parts[i].size());
+          auto part = llvm::parseBitcodeFile(llvm::MemoryBufferRef(bitcode, "part"), context);
+          if (!part)
+            return part.takeError();
+          llvm::SmallVector<char, 0> object;
+          if (llvm::Error error = finishCode(**part, **own, CodeFormat::Object, object))
+            return error;
+          parts[i] = std::move(object);
+          return llvm::Error::success();
+        };
+        if (llvm::Error error = run())
+          errors[i] = llvm::toString(std::move(error));
+      });
+    pool.wait();
+    for (const std::string &error : errors)
+      if (!error.empty())
+        return makeError(ErrorCode::INTERNAL, "codegen", "parts that become objects", error);
+  }
+  std::vector<llvm::ArrayRef<char>> views(parts.begin(), parts.end());
+  if (llvm::Error error = checkObjectSymbols(views))
+    return std::move(error);
+  return std::move(parts);
 }

@@ -19,6 +19,7 @@
 #include "llvm/Support/Error.h"
 
 #include <memory>
+#include <vector>
 
 namespace llvm {
 class LLVMContext;
@@ -60,12 +61,17 @@ void optimizeModule(llvm::Module &module, llvm::TargetMachine &machine);
 llvm::Error emitCode(llvm::Module &module, llvm::TargetMachine &machine, CodeFormat format,
                      llvm::SmallVectorImpl<char> &out);
 
-/// Refuses an object that needs symbols other than memset, memcpy and memmove.
-llvm::Error checkObjectSymbols(llvm::ArrayRef<char> object);
+/// Refuses objects that need symbols other than each other's, memset, memcpy and memmove.
+llvm::Error checkObjectSymbols(llvm::ArrayRef<llvm::ArrayRef<char>> objects);
 
 /// All of the above: module in the LLVM dialect to bytes.
 llvm::Expected<llvm::SmallVector<char, 0>> generateCode(ModuleOp module, const CodeTable *table,
                                                         CodeFormat format);
+
+/// The same as several objects to be linked together, made on as many threads. Functions of one are
+/// hidden symbols of the others. How many there are does not depend on the machine.
+llvm::Expected<std::vector<llvm::SmallVector<char, 0>>> generateObjects(ModuleOp module,
+                                                                        const CodeTable *table);
 
 } // namespace moe
 } // namespace mlir
