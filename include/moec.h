@@ -119,8 +119,9 @@ MOEC_API void moec_pool_destroy(moec_executor *pool);
 
 /* Where weights come from (moec_open_options.load). */
 enum {
-  MOEC_MAP,  /* map the files: starts at once, memory is shared between processes. Replace a mapped
-                file by renaming another over it; one that is cut short ends the process (SIGBUS) */
+  MOEC_MAP,  /* map the files: starts at once, memory is shared between processes; in huge pages
+                where the file system caches files so. Replace a mapped file by renaming another
+                over it; one that is cut short ends the process (SIGBUS) */
   MOEC_COPY, /* read the files into private huge pages: slower to start, fastest to run */
   MOEC_NONE  /* no files: moec_set_weight brings every weight before its layer is run */
 };

@@ -34,7 +34,8 @@ def load(
 
     dir         the folder
     weights     another folder of packed weights for the same code; None: those in dir
-    load        "map": the files are mapped, starts at once; "copy": read into memory, runs fastest;
+    load        "map": the files are mapped, starts at once, shared between processes; "copy": read
+                into huge pages of this process, decodes up to 15 % faster (docs/performance.md);
                 "none": no files, every weight comes by layer.set_weight
     device      "cpu", "cuda" or "cuda:1": a library for GPUs (moec compile --target cuda) takes
                 torch's CUDA tensors of that device and runs on torch's current stream

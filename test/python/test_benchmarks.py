@@ -89,6 +89,38 @@ def test_refusals(tmp_path):
     assert done.returncode == 1 and "expected a result of run.py" in done.stderr
 
 
+def test_levels_and_empty_experts(tmp_path):
+    """A level below the machine's, one that no machine of today runs, half the experts empty."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from layer import Layer
+
+    one = {"shape": "tiny", "H": 64, "F": 32, "E": 8, "K": 2, "dtype": "f32", "tokens": [9]}
+    one |= {"routing": "half-empty", "peers": ["moec", "moec@x86-64-v3", "moec@x86-64-v9"]}
+    used = np.unique([ids for _, ids, _ in Layer(one).inputs(9)])
+    assert used.tolist() == [0, 2, 4, 6]
+    config, out = tmp_path / "tiny.json", tmp_path / "out.json"
+    config.write_text(json.dumps({"blocks": 2, "runs": [one]}))
+    environment = dict(os.environ, PYTHONPATH=str(BUILD / "python"))
+    arguments = ["--config", config, "--out", out, "--threads", 1, "--moec", BUILD / "bin/moec"]
+    done = run(ROOT / "benchmarks/run.py", *arguments, env=environment)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    rows = {row["peer"]: row for row in result["rows"]}
+    assert rows["moec@x86-64-v3"]["note"] == "level x86-64-v3"
+    assert rows["moec@x86-64-v3"]["error"] < 1e-5
+    (absent,) = result["absent"]
+    assert absent["peer"] == "moec@x86-64-v9" and "does not run" in absent["why"]
+
+
+def test_compile_time_and_size():
+    """The code of all levels stays below 1 MB (the layers of a model share it)."""
+    arguments = ["--build", BUILD, "--rounds", 1, "--layers", 2, "--levels", "multi"]
+    done = run(ROOT / "benchmarks/compile_time.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    size = int(done.stdout.rsplit("|", 2)[1])
+    assert 50 < size <= 1000, done.stdout
+
+
 def test_fixed_cost():
     """The program compiles without a warning and measures every kind of call."""
     done = run(ROOT / "benchmarks/fixed_cost.py", "--build", BUILD, "--calls", 1)

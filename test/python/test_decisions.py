@@ -64,19 +64,29 @@ def test_a_fuse_pass_left_out_gives_other_code_and_the_same_bits(compile_again, 
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("rows", 2), ("prefetch", 512), ("panels_per_task", 1), ("chunk_rows", 16)],
+    "changes",
+    [
+        {"rows": 2},
+        {"prefetch": 512},
+        {"panels_per_task": 1},
+        {"chunk_rows": 16},
+        {"sum_rows": 8},
+        # Blocks of a chunk take 16 or 32 k, then the next ones; or all panels of a task do.
+        {"k_block": 1, "rows": 2},
+        {"k_block": 1, "k_chunk": 1, "rows": 2, "panels_per_task": 2},
+    ],
+    ids=lambda changes: "-".join(changes),
 )
-def test_one_number_of_the_schedule_changes_the_code(
-    compile_again, compiled, tmp_path, field, value
+def test_a_change_of_the_schedule_changes_the_code_and_no_bit(
+    compile_again, compiled, tmp_path, changes
 ):
     manifest = json.loads((compiled("mixtral", "f32").path / "manifest.json").read_text())
     schedule = manifest["strategy"]
     for function in schedule.values():
         for name, operation in function.items():
             # The router sums in f64 here, whose registers hold one row at x86-64-v3.
-            if field in operation and name != "router":
-                operation[field] = value
+            if name != "router":
+                operation |= changes
     edited = tmp_path / "strategy.json"
     edited.write_text(json.dumps(schedule))
     base, folder = compile_again("mixtral", "f32", "--strategy", edited)

@@ -15,7 +15,8 @@ CONFIG = {
     "num_experts_per_tok": 2,
     "dtype": "bfloat16",
 }
-FIELDS = ["rows", "panels", "prefetch", "ahead", "k_block", "chunk_rows", "panels_per_task"]
+FIELDS = ["rows", "panels", "prefetch", "ahead", "k_block", "defer", "chunk_rows"]
+FIELDS += ["panels_per_task", "sum_rows", "k_chunk"]
 NUMBERS = [-1, 0, 3, 5, 17, 1 << 31, (1 << 63) - 1, -(1 << 63)]
 OTHERS = [1.5, 1e300, 1 << 64, "3", "", None, True, [], [3], {}, "a_first", "automatic"]
 
@@ -48,7 +49,7 @@ def test_numbers(spec, tmp_path, field):
         attempt(spec, tmp_path, {"*": {"*": {field: value}}}, "x86-64-v3")
 
 
-@pytest.mark.parametrize("field", [*FIELDS, "order"])
+@pytest.mark.parametrize("field", [*FIELDS, "order", "hint"])
 def test_other_values(spec, tmp_path, field):
     for value in OTHERS:
         done = attempt(spec, tmp_path, {"*": {"*": {field: value}}}, "x86-64-v3")

@@ -101,7 +101,7 @@ static void run_layer(moec_context *contexts[2], int32_t layer, const moec_layer
     }
     CHECK(difference <= norm * 1e-4 && norm > 0, "%s: T = %lld, token %lld: %g from %g apart",
           info->name, (long long)T, (long long)t, sqrt(difference), sqrt(norm));
-    if (t % 13 && t != T - 1)
+    if (t % 37 && t != T - 1)
       continue;
     DLTensor in = {x + t * H, {kDLCPU, 0}, 2, bf16, one, NULL, 0};
     DLTensor out = {alone, {kDLCPU, 0}, 2, f32, one, NULL, 0};
@@ -136,7 +136,8 @@ static void run(const char *dir) {
     CHECK(!moec_get_layer_info(models[0], layer, &info, &error), "%s", error.message);
     CHECK(!strcmp(info.level, "amx-bf16"), "%s: expected level amx-bf16, but got %s", info.name,
           info.level);
-    static const int64_t tokens[] = {1, 2, 15, 16, 17, 33, MOST};
+    /* A dense layer, and experts that all tokens take, have as many rows. */
+    static const int64_t tokens[] = {1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 65, 127, 128, 129, MOST};
     for (size_t i = 0; i < sizeof tokens / sizeof *tokens && !failed; ++i)
       run_layer(contexts, layer, &info, tokens[i]);
     if (failed)

@@ -3,7 +3,7 @@
 
 usage: asm_loops.py FILE [--function REGEX] [--json]
                     [--max-spills N] [--registers zmm|ymm] [--no-calls] [--min-functions N]
-                    [--max-ratio X] [--only MNEMONIC] [--first]
+                    [--max-ratio X] [--only MNEMONIC] [--count MNEMONIC=N] [--first]
 
 For every innermost loop: instructions, fused multiply-adds, vector loads, prefetches, calls, spills
 and reloads (LLVM's own comments: a memory operand on the stack may be something else), and the
@@ -11,7 +11,7 @@ widest vector register. --first keeps each function's first loop with multiply-a
 kernel is the k loop (the next is the polynomial of its activation). With a limit the exit code is
 1 if a loop with multiply-adds breaks it, and the loop is printed. --min-functions fails when fewer
 functions with such a loop were found than expected, so that an empty file cannot pass. --only:
-every multiply-add is this instruction.
+every multiply-add is this instruction. --count: so many of this instruction in a loop.
 """
 
 import argparse
@@ -35,6 +35,7 @@ class Loop:
     prefetches: int = 0
     calls: int = 0
     mnemonics: list = field(default_factory=list)
+    counts: dict = field(default_factory=dict)
     spills: int = 0
     reloads: int = 0
     register: str = ""
@@ -98,6 +99,7 @@ def scan(name, label, lines):
         if FMA.match(code):
             loop.fma += 1
             loop.mnemonics = sorted({*loop.mnemonics, mnemonic})
+            loop.counts[mnemonic] = loop.counts.get(mnemonic, 0) + 1
         loop.calls += mnemonic.startswith("call")
         loop.prefetches += mnemonic.startswith("prefetch")
         loop.spills += "Spill" in comment
@@ -124,6 +126,7 @@ def main():
     parser.add_argument("--min-functions", type=int, default=0)
     parser.add_argument("--max-ratio", type=float, help="instructions per multiply-add")
     parser.add_argument("--only", help="the mnemonic of every multiply-add")
+    parser.add_argument("--count", help="MNEMONIC=N: so many of this multiply-add in a loop")
     parser.add_argument("--first", action="store_true", help="the first such loop of a function")
     args = parser.parse_args()
 
@@ -147,6 +150,11 @@ def main():
             why.append(f"expected {args.registers}, but got {loop.register}")
         if args.no_calls and loop.calls:
             why.append(f"{loop.calls} calls")
+        if args.count:
+            mnemonic, _, number = args.count.partition("=")
+            if loop.counts.get(mnemonic, 0) != int(number):
+                got = loop.counts.get(mnemonic, 0)
+                why.append(f"expected {number} {mnemonic}, but got {got}")
         if args.only and loop.mnemonics != [args.only]:
             why.append(f"expected {args.only} alone, but got {', '.join(loop.mnemonics)}")
         if args.max_ratio and loop.ratio > args.max_ratio:

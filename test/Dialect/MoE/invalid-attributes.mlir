@@ -184,5 +184,25 @@ func.func private @ukernel_ahead_panels() attributes {test.attribute = #moe.uker
 
 // -----
 
-// expected-error @below {{and 0 unless product = tile_bf16, but got 16}}
-func.func private @ukernel_k_block() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 8, panels = 1, k_block = 16>}
+// expected-error @below {{and 0 with product = fma_f64 or several panels, but got 16}}
+func.func private @ukernel_k_block() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 6, panels = 1, product = fma_f64, k_block = 16>}
+
+// -----
+
+// expected-error @below {{expected hint = near unless product = tile_bf16, but got stream}}
+func.func private @ukernel_hint() attributes {test.attribute = #moe.ukernel<level = "x86-64-v4", rows = 8, panels = 1, hint = stream>}
+
+// -----
+
+// expected-error @below {{expected defer in [0, 8], and 0 unless product = tile_bf16, rows = 32 and k_block is not 0, but got defer = 2, rows = 32, k_block = 0}}
+func.func private @ukernel_defer() attributes {test.attribute = #moe.ukernel<level = "amx-bf16", rows = 32, panels = 1, product = tile_bf16, defer = 2>}
+
+// -----
+
+// expected-error @below {{expected sum_rows in [1, 16777216], but got 0}}
+func.func private @strategy_sum_rows() attributes {test.attribute = #moe.strategy<ukernel = #moe.ukernel<level = "x86-64-v4", rows = 14, panels = 1>, chunk_rows = 14, panels_per_task = 1, source = rows, result = combine, sum_rows = 0>}
+
+// -----
+
+// expected-error @below {{expected k_chunk to be 0 or a multiple of k_block = 16, but got 24}}
+func.func private @strategy_k_chunk() attributes {test.attribute = #moe.strategy<ukernel = #moe.ukernel<level = "x86-64-v4", rows = 14, panels = 1, k_block = 16>, chunk_rows = 14 by k_chunk = 24, panels_per_task = 1, source = rows, result = rows>}

@@ -201,3 +201,17 @@ func.func @gemm_tile_c9(%n: index, %a: memref<?xbf16>, %h: memref<?xbf16>,
       ukernel = #moe.ukernel<level = "amx-bf16", rows = 32, panels = 1, product = tile_bf16, k_block = 16>
   return
 }
+
+// -----
+
+// gemm_tile_c10
+func.func @gemm_tile_c10(%n: index, %a: memref<?xbf16>, %h: memref<?xbf16>, %s: memref<?xf32>,
+    %w: !moe.weight<4x1x40x33xbf16, panel32>) {
+  // expected-error @below {{expected the clause after exactly with defer, but got defer = 2 and no number}}
+  moe.gemm_tile count(%n) a(%a : memref<?xbf16>)
+      weight(%w[%n, %n] : !moe.weight<4x1x40x33xbf16, panel32>)
+      k(%n to %n, %s : memref<?xf32>) into blocked(%h : memref<?xbf16>)
+      ukernel = #moe.ukernel<level = "amx-bf16", rows = 32, panels = 1, product = tile_bf16,
+                             k_block = 16, defer = 2>
+  return
+}

@@ -246,6 +246,12 @@ func.func @tasks(%x: memref<?x2048xbf16, strided<[?, 1]>>, %y: memref<?x2048xbf1
         ahead(%k) k(%i to %c1, %a : memref<?xf32>) into blocked(%ab : memref<?xbf16>)
         ukernel = #moe.ukernel<level = "amx-bf16", rows = 32, panels = 1, product = tile_bf16,
                                ahead = 8, k_block = 16>
+    // CHECK: moe.gemm_tile {{.*}} k(%{{.*}} to %{{.*}}, %{{.*}} : memref<?xf32>) after(%{{.*}} of %{{.*}}) into blocked({{.*}} k_block = 16, hint = stream, defer = 2>
+    moe.gemm_tile count(%c1) a(%ab : memref<?xbf16>)
+        weight(%w2[%i, %lane] : !moe.weight<64x1x2048x1024xbf16, panel32>)
+        k(%i to %c1, %a : memref<?xf32>) after(%i of %k) into blocked(%ab : memref<?xbf16>)
+        ukernel = #moe.ukernel<level = "amx-bf16", rows = 32, panels = 1, product = tile_bf16,
+                               k_block = 16, hint = stream, defer = 2>
     // CHECK: moe.end_panels from(%{{.*}} : memref<1x?x32xf32>) into(%{{.*}} : memref<?x2048xbf16>) first(%{{.*}}) panels(1)
     moe.end_panels from(%scratch : memref<1x?x32xf32>) into(%y : memref<?x2048xbf16>)
         first(%i) panels(1)

@@ -19,7 +19,7 @@
 // CHECK-SAME: #moe.ukernel<level = "x86-64-v4", rows = 14, panels = 1, prefetch = 1024>
 // CHECK-SAME: chunk_rows = 504, panels_per_task = 1, source = gather, result = blocked>
 // CHECK: moe.grouped_matmul
-// CHECK-SAME: chunk_rows = 504, panels_per_task = 2, source = blocked, result = combine>
+// CHECK-SAME: chunk_rows = 504, panels_per_task = 2, source = blocked, result = combine, sum_rows = 16384>
 
 // OVER: rows = 12, panels = 1>, chunk_rows = 24
 // OVER: rows = 12, panels = 1, prefetch = 1024>, chunk_rows = 24
@@ -27,7 +27,7 @@
 // BUDGET: illegal strategy:
 // BLOCKS: illegal strategy: expected rows 14 as in the matmul that wrote the blocks, but got 7
 // CHUNKS: illegal strategy: expected chunk_rows 504 as in the matmul before it, but got 28
-// FIELD: expected a strategy field (rows, panels, order, prefetch, ahead, k_block, chunk_rows, panels_per_task), but got `row`
+// FIELD: expected a strategy field (rows, panels, order, prefetch, ahead, k_block, hint, defer, chunk_rows, panels_per_task, sum_rows, k_chunk), but got `row`
 // NAME: expected strategy overrides to name a matmul, but got `*` / `matmul`, which matches none
 func.func @f0(%x: tensor<?x40xbf16> {moe.arg = "x"}, %y: tensor<?x40xbf16> {moe.arg = "y"},
     %w0: tensor<?x2xf32> {moe.arg = "weights"}, %e0: tensor<?x2xi32> {moe.arg = "experts"},

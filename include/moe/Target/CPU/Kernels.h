@@ -82,8 +82,13 @@ struct GemmKernelSpec {
   int64_t prefetch = 0;
   /// Lines of later weights touched for every group of columns of `a`; 0 for none. One panel only.
   int64_t ahead = 0;
-  /// TileBF16: calls make some of the steps of k, with the sums in memory between them.
+  /// Calls make some of the groups of k, with the sums in memory between them. Not FmaF64.
   bool steps = false;
+  /// TileBF16 with steps: the call that makes the last step leaves the result of the block before,
+  /// this many rows at each step; 0: its own, after them.
+  int64_t defer = 0;
+  /// TileBF16: rows are loaded as what the first cache should keep, too.
+  bool nearRows = false;
   /// Weights in bf16 (with Fma widened exactly in registers) instead of f32.
   bool bf16Weights = false;
   /// DotBF16: rows32 block times weights in bf16 by vdpbf16ps; V4 only. TileBF16: by tdpbf16ps;
@@ -126,6 +131,11 @@ struct GemmKernelSpec {
   bool touchesAhead() const {
     return ahead && rows > (isTile() ? 16 : level == KernelLevel::V3 ? 2 : 8);
   }
+  /// Tall tiles whose rows are added to the sums of their tokens, one panel at a time, touch those
+  /// before they multiply.
+  bool touchesSums() const {
+    return form == KernelForm::Combine && indexed && !isTile() && panels == 1 && rows > 8;
+  }
   /// Elements of an accumulator's register.
   int64_t getLanes() const { return getLevelLanes(level) / (isWide() ? 2 : 1); }
   /// Vector registers per panel.
@@ -150,9 +160,12 @@ struct GemmKernelSpec {
 /// Emits the kernel of `spec` at the builder's insertion point (a module body) under
 /// spec.getName(). Arguments:
 ///   (ptr a, ptr b, i64 groups, i64 panel_bytes, ptr out, [i64 rows,] [ptr bias,] form...,
-///    [i64 first, i64 end, ptr sums])
-///     first, end   with `steps`: the groups that this call is for, of `groups`; 1024 sums of f32
-///                  wait at `sums`, and the call whose end is `groups` leaves the result
+///    [i64 first, i64 end, ptr sums, [ptr before, i64 last]])
+///     first, end   with `steps`: the groups that this call is for, of `groups`; up to 1024 sums of
+///                  f32 wait at `sums`, and the call whose end is `groups` leaves the result
+///     before, last with `defer`: that call leaves the result of the 32 rows before this block,
+///                  unless `before` is null: their `out` (Combine if indexed: their `pair`), their
+///                  sums end at `sums`; and its own only if `last` is not 0
 ///     a            rows16 block of spec.rows rows; rows32 for DotBF16 and TileBF16
 ///     bias         vector32 of the first panel: 32 floats a panel, lanes as in b
 ///     b            first panel; the others follow `panel_bytes` apart. With `ahead`: what is

@@ -48,9 +48,11 @@ def MoESelectStrategy : Pass<"moe-select-strategy", "::mlir::ModuleOp"> {
   let summary = "Choose the schedule of every matmul and write it down";
   let description = [{
     Writes `strategy = #moe.strategy<...>` on every `moe.grouped_matmul`, `moe.router` and
-    `moe.route_dispatch` of functions with a `moe.target`. Deterministic: it depends on the level,
-    the shape and `l2-bytes` alone. Later passes obey. `overrides` changes single fields; the result is
-    verified, so an illegal strategy is an error and never a slower kernel.
+    `moe.route_dispatch` of functions with a `moe.target`: the one that takes least by the formulas of
+    moe/Target/CPU/CostModel.h. Deterministic: it depends on the level, the shape and the constants of
+    a core alone, which are options; 0 is what the level assumes. Later passes obey. `overrides`
+    changes single fields; the result is verified, so an illegal strategy is an error and never a
+    slower kernel.
 
     ```json
     {"f0_v4_bf16_bf16": {"grouped_matmul.0": {"rows": 12, "prefetch": 512},
@@ -60,7 +62,8 @@ def MoESelectStrategy : Pass<"moe-select-strategy", "::mlir::ModuleOp"> {
     The outer key is a function's name or a pattern with `*`, the inner one `router`,
     `grouped_matmul.<i>` (i-th of the function) or a pattern. Patterns apply from the shortest,
     then the name itself. Fields: rows, panels, order ("b_first" | "a_first"), prefetch, ahead,
-    k_block, chunk_rows, panels_per_task. The product is not one of them: rows and weights of bf16
+    k_block, hint ("near" | "stream"), defer, chunk_rows, panels_per_task, sum_rows, k_chunk. The
+    product is not one of them: rows and weights of bf16
     at a level with such products are multiplied as bf16 pairs in every variant, a router never is.
   }];
   let options = [
@@ -68,8 +71,13 @@ def MoESelectStrategy : Pass<"moe-select-strategy", "::mlir::ModuleOp"> {
            "JSON text of changed fields">,
     Option<"overridesFile", "overrides-file", "std::string", /*default=*/"\"\"",
            "file with that JSON text">,
-    Option<"l2Bytes", "l2-bytes", "int64_t", /*default=*/"1048576",
-           "bytes of a core's L2 cache, which the packed rows of a lane should fit">
+    Option<"l1Bytes", "l1-bytes", "int64_t", /*default=*/"0", "bytes of a core's L1 cache">,
+    Option<"l2Bytes", "l2-bytes", "int64_t", /*default=*/"0", "bytes of a core's L2 cache">,
+    Option<"read", "read", "int64_t", /*default=*/"0", "bytes/s that a core reads from memory">,
+    Option<"fma256", "fma-256", "int64_t", /*default=*/"0", "FLOP/s of a core by 256-bit FMA">,
+    Option<"fma512", "fma-512", "int64_t", /*default=*/"0", "FLOP/s of a core by 512-bit FMA">,
+    Option<"dot", "dot", "int64_t", /*default=*/"0", "FLOP/s of a core by vdpbf16ps">,
+    Option<"tile", "tile", "int64_t", /*default=*/"0", "FLOP/s of a core by tdpbf16ps">
   ];
   let dependentDialects = ["::mlir::moe::MoEDialect"];
 }

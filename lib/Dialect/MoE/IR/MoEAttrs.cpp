@@ -329,7 +329,8 @@ int64_t UkernelAttr::getVectorsPerRow() const {
 
 LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, StringRef level,
                                   int64_t rows, int64_t panels, KernelOrder order, int64_t prefetch,
-                                  KernelProduct product, int64_t ahead, int64_t kBlock) {
+                                  KernelProduct product, int64_t ahead, int64_t kBlock,
+                                  LoadHint hint, int64_t defer) {
   int64_t registers = getRegisterFile(level).first;
   if (!registers)
     return emitError() << "expected level of a micro-kernel to be x86-64-v3, x86-64-v4, "
@@ -357,9 +358,18 @@ LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, 
     return emitError() << "expected ahead to be 0 or a divisor of 32, but got " << ahead;
   if (ahead && panels != 1)
     return emitError() << "expected panels = 1 with ahead = " << ahead << ", but got " << panels;
-  if (kBlock < 0 || kBlock > (1 << 20) || (kBlock && !tile))
+  bool wide = product == KernelProduct::FmaF64;
+  if (kBlock < 0 || kBlock > (1 << 20) || (kBlock && (wide || panels != 1)))
     return emitError() << "expected k_block in [0, " << (1 << 20)
-                       << "], and 0 unless product = tile_bf16, but got " << kBlock;
+                       << "], and 0 with product = fma_f64 or several panels, but got " << kBlock;
+  if (hint != LoadHint::Near && !tile)
+    return emitError() << "expected hint = near unless product = tile_bf16, but got "
+                       << stringifyLoadHint(hint);
+  if (defer < 0 || defer > 8 || (defer && (!tile || !kBlock || rows != 32)))
+    return emitError()
+           << "expected defer in [0, 8], and 0 unless product = tile_bf16, rows = 32 and "
+              "k_block is not 0, but got defer = "
+           << defer << ", rows = " << rows << ", k_block = " << kBlock;
   if (product == KernelProduct::DotBF16 && level != kLevelAvx512Bf16)
     return emitError() << "expected product = dot_bf16 at level avx512-bf16 only, but got "
                        << level;
@@ -368,7 +378,7 @@ LogicalResult UkernelAttr::verify(function_ref<InFlightDiagnostic()> emitError, 
 
 LogicalResult StrategyAttr::verify(function_ref<InFlightDiagnostic()> emitError,
                                    UkernelAttr ukernel, int64_t chunkRows, int64_t panelsPerTask,
-                                   RowSource, ResultForm) {
+                                   RowSource, ResultForm, int64_t sumRows, int64_t kChunk) {
   if (chunkRows < ukernel.getRows())
     return emitError() << "expected chunk_rows to be at least the micro-kernel's rows = "
                        << ukernel.getRows() << ", but got " << chunkRows;
@@ -376,5 +386,11 @@ LogicalResult StrategyAttr::verify(function_ref<InFlightDiagnostic()> emitError,
     return emitError() << "expected panels_per_task to be a positive multiple of the "
                           "micro-kernel's panels = "
                        << ukernel.getPanels() << ", but got " << panelsPerTask;
+  if (sumRows < 1 || sumRows > (1 << 24))
+    return emitError() << "expected sum_rows in [1, " << (1 << 24) << "], but got " << sumRows;
+  int64_t kBlock = ukernel.getKBlock();
+  if (kChunk && (!kBlock || kChunk < 0 || kChunk % kBlock))
+    return emitError() << "expected k_chunk to be 0 or a multiple of k_block = " << kBlock
+                       << ", but got " << kChunk;
   return success();
 }

@@ -107,7 +107,7 @@ void GemmTileOp::build(OpBuilder &builder, OperationState &state, Value count, V
   build(builder, state, count, a, weight, /*bias=*/Value(), expert, panel, out, row,
         /*pair=*/Value(), /*weights=*/Value(), /*slots=*/Value(), /*gate=*/Value(),
         /*scale=*/Value(), /*ahead=*/Value(), /*first_step=*/Value(), /*end_step=*/Value(),
-        /*sums=*/Value(), /*unweighted=*/UnitAttr(),
+        /*sums=*/Value(), /*number=*/Value(), /*blocks=*/Value(), /*unweighted=*/UnitAttr(),
         ResultFormAttr::get(builder.getContext(), form), /*compute=*/TypeAttr(), ukernel);
 }
 
@@ -124,6 +124,11 @@ void GemmTileOp::setSteps(Value first, Value end, Value sums) {
   assignIf(getFirstStepMutable(), first);
   assignIf(getEndStepMutable(), end);
   assignIf(getSumsMutable(), sums);
+}
+
+void GemmTileOp::setAfter(Value number, Value blocks) {
+  assignIf(getNumberMutable(), number);
+  assignIf(getBlocksMutable(), blocks);
 }
 
 void GemmTileOp::setCombine(Value pair, Value weights, Value slots, Value gate, Value scale,
@@ -192,6 +197,12 @@ LogicalResult GemmTileOp::verify() {
       return emitOpError() << "expected the clause k exactly with a k_block, but got k_block = "
                            << getUkernel().getKBlock() << " and " << (value ? "" : "no ")
                            << "steps";
+  // gemm_tile_c10
+  for (Value value : {getNumber(), getBlocks()})
+    if (bool(value) != (getUkernel().getDefer() != 0))
+      return emitOpError() << "expected the clause after exactly with defer, but got defer = "
+                           << getUkernel().getDefer() << " and " << (value ? "a" : "no")
+                           << " number";
   // gemm_tile_c6
   bool dot = UkernelAttr::readsPairs(getUkernel().getProduct());
   if (cast<MemRefType>(getA().getType()).getElementType().isBF16() != dot)

@@ -32,8 +32,10 @@ FailureOr<GemmKernelSpec> KernelEmitter::getSpec(GemmTileOp op) {
   spec.prefetch = ukernel.getPrefetch();
   spec.ahead = ukernel.getAhead();
   spec.steps = ukernel.getKBlock() != 0;
+  spec.defer = ukernel.getDefer();
   spec.bf16Weights = format.getValue() == PlainFormat::BF16;
   spec.product = ukernel.getProduct();
+  spec.nearRows = spec.isTile() && ukernel.getHint() == LoadHint::Near;
   spec.parts = weight.getParts();
   spec.bias = static_cast<bool>(op.getBias());
   switch (op.getForm()) {
@@ -82,16 +84,29 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
   size_t outPlace = args.size();
   Value firstColumn = k.mul(panel, panelCols);
   Value row = op.getRow() ? toI64(k, op.getRow()) : Value();
+  Value before; // what a kernel that defers wants of the block before
   switch (spec.form) {
   case KernelForm::Blocked: {
-    Value groupBytes = k.mul(count, 64);
     Value columns = k.sub(k.index(weight.getRows()), firstColumn);
-    if (spec.bf16Result && panelCols == 16) {
+    bool shared = spec.bf16Result && panelCols == 16;
+    // The panel's columns in a block of so many rows.
+    auto place = [&](Value block, Value rows) {
+      Value groupBytes = k.mul(rows, 64);
+      if (!shared) {
+        Value group = k.mul(panel, spec.bf16Result ? 1 : panelCols / 16);
+        return k.at(block, k.mul(group, groupBytes));
+      }
       // Two panels share a group of 32 columns; a last panel alone zeroes the half after it.
       Value half = arith::AndIOp::create(b, k.loc, panel, k.index(1));
       Value group = arith::ShRUIOp::create(b, k.loc, panel, k.index(1));
-      args.push_back(k.at(k.at(out->pointer, k.mul(group, groupBytes)), k.mul(half, 32)));
-      args.push_back(columns);
+      return k.at(k.at(block, k.mul(group, groupBytes)), k.mul(half, 32));
+    };
+    args.push_back(place(out->pointer, count));
+    args.push_back(columns);
+    if (spec.defer) // whole blocks of bf16 rows, padded to whole panels
+      before = place(k.at(out->pointer, -32 * 2 * int64_t(llvm::alignTo(weight.getRows(), 32))),
+                     k.index(32));
+    if (shared) {
       if (spec.panels == 1) {
         Value last = weight.panelCount() % 2
                          ? arith::CmpIOp::create(b, k.loc, arith::CmpIPredicate::eq, panel,
@@ -100,11 +115,7 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
                          : arith::ConstantIntOp::create(b, k.loc, 0, 1).getResult();
         args.push_back(arith::ExtUIOp::create(b, k.loc, k.i64(), last));
       }
-      break;
     }
-    Value group = k.mul(panel, spec.bf16Result ? 1 : panelCols / 16);
-    args.push_back(k.at(out->pointer, k.mul(group, groupBytes)));
-    args.push_back(columns);
     break;
   }
   case KernelForm::Rows: {
@@ -116,6 +127,8 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
     if (row)
       p = k.at(p, k.mul(row, out->strideBytes[0]));
     args.push_back(k.at(p, k.mul(firstColumn, out->elementBytes)));
+    if (spec.defer)
+      before = k.at(args.back(), k.mul(out->strideBytes[0], -32));
     args.push_back(out->strideBytes[0]);
     args.push_back(type.getRank() == 3 ? out->strideBytes[1] : k.index(0));
     args.push_back(k.sub(width, firstColumn));
@@ -143,6 +156,9 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
         return failure();
       args.push_back(fromRow(pair->pointer, 4));
     }
+    if (spec.defer)
+      before =
+          k.at(spec.indexed ? args.back() : args[outPlace], spec.indexed ? -32 * 4 : -32 * 128);
     if (spec.weighted) {
       FailureOr<Buffer> w = getBuffer(k, op, spec.indexed ? op.getWeights() : op.getGate());
       if (failed(w))
@@ -160,15 +176,25 @@ LogicalResult KernelEmitter::callGemm(KernelBuilder &k, GemmTileOp op, const Gem
   if (spec.bias)
     args.insert(args.begin() + outPlace + 1, k.at(toPointer(k, op.getBias()), k.mul(number, 128)));
 
+  if (spec.steps) {
+    FailureOr<Buffer> sums = getBuffer(k, op, op.getSums());
+    if (failed(sums))
+      return failure();
+    args.append({toI64(k, op.getFirstStep()), toI64(k, op.getEndStep()), sums->pointer});
+  }
+  if (spec.defer) {
+    Value number = toI64(k, op.getNumber());
+    Value first = arith::CmpIOp::create(b, k.loc, arith::CmpIPredicate::eq, number, k.index(0));
+    Value none = LLVM::ZeroOp::create(b, k.loc, k.ptr());
+    Value last = arith::CmpIOp::create(b, k.loc, arith::CmpIPredicate::eq,
+                                       k.add(number, k.index(1)), toI64(k, op.getBlocks()));
+    args.append({LLVM::SelectOp::create(b, k.loc, first, none, before),
+                 arith::ExtUIOp::create(b, k.loc, k.i64(), last)});
+  }
+
   if (spec.isTile()) {
     // Two kernels, for one tile of rows and for two. The others' arguments are shifted by one.
     args.insert(args.begin() + 5, count);
-    if (spec.steps) {
-      FailureOr<Buffer> sums = getBuffer(k, op, op.getSums());
-      if (failed(sums))
-        return failure();
-      args.append({toI64(k, op.getFirstStep()), toI64(k, op.getEndStep()), sums->pointer});
-    }
     func::FuncOp kernels[2];
     for (int64_t high : {1, 2}) {
       GemmKernelSpec exact = spec;

@@ -24,7 +24,11 @@ public:
 
 private:
   SmallVector<Value> emitProduct();
-  void emitTiles();
+  LogicalResult emitTiles();
+  void touchSums();
+  /// Keeps sums of f32 at `stack`; what waits there.
+  void storeSums(ArrayRef<Value> acc);
+  SmallVector<Value> loadSums(Value from);
   SmallVector<Value> emitSteps(Value a, Value bRow, int64_t steps, SmallVector<Value> acc);
   Value loadA(Value a, int64_t row, int64_t step);
   Value loadB(ArrayRef<Value> panelRows, int64_t vector, bool odd);
@@ -38,6 +42,10 @@ private:
     return spec.form == KernelForm::Blocked && spec.bf16Result && spec.panels == 1 &&
            spec.parts == 2;
   }
+  /// Leaves the result of row `row`. `whole` says that all columns of the tile are real.
+  LogicalResult leaveRow(Value row, ArrayRef<Value> acc, bool whole);
+  /// The arguments of the block before take the places of the block's own while `body` runs.
+  void inBlockBefore(function_ref<void()> body);
   LogicalResult storeBlocked(Value row, ArrayRef<Value> acc);
   LogicalResult storeRows(Value row, ArrayRef<Value> acc, bool whole);
   Value realLanes(int64_t column, Value limit);
@@ -59,6 +67,7 @@ private:
   Value aBlock, bPanels, groups, panelBytes, out, bias, stack, maskSlot;
   Value realRows;           // of a block of tiles
   Value firstStep, endStep; // of a call that makes some of the steps; else null
+  Value before, last;       // of a call that leaves the block before
   SmallVector<Value> formArgs;
 };
 

@@ -144,6 +144,12 @@ SmallVector<Value> GemmEmitter::emitProduct() {
   Type element = spec.isWide() ? b.getF64Type() : b.getF32Type();
   Value zero = arith::ConstantOp::create(b, k.loc, b.getZeroAttr(k.vec(lanes, element)));
   SmallVector<Value> init(spec.rows * vectors, zero);
+  if (spec.steps) {
+    // Through memory at the first step, too: both ways into the loop are then one.
+    k.ifThen(k.less(firstStep, k.index(1)), [&] { storeSums(init); });
+    for (int64_t row = 0; row < spec.rows; ++row)
+      llvm::copy(loadSums(k.at(stack, row * vectors * lanes * 4)), init.begin() + row * vectors);
+  }
   // Lines of the next task's weights, each the next one of a run as long as there are groups.
   Value next, run;
   if (spec.touchesAhead()) {
@@ -151,6 +157,8 @@ SmallVector<Value> GemmEmitter::emitProduct() {
     run = k.mul(groups, 64);
   }
   auto body = [&](Value group, ValueRange acc) -> SmallVector<Value> {
+    if (firstStep)
+      group = k.add(group, firstStep);
     Value a = k.at(aBlock, k.mul(group, spec.rows * 64));
     Value bRow = k.at(bPanels, k.mul(group, groupRows * 128));
     if (spec.touchesAhead()) {
@@ -166,7 +174,9 @@ SmallVector<Value> GemmEmitter::emitProduct() {
                            unroll, SmallVector<Value>(inner));
         });
   };
-  SmallVector<Value> sums = k.loop(groups, 1, init, body);
+  SmallVector<Value> sums = k.loop(firstStep ? k.sub(endStep, firstStep) : groups, 1, init, body);
+  if (spec.steps)
+    storeSums(sums);
   if (spec.isWide()) {
     sums = addBias(sums);
     for (Value &sum : sums)
@@ -178,6 +188,22 @@ SmallVector<Value> GemmEmitter::emitProduct() {
 //===----------------------------------------------------------------------===//
 // The kernel
 //===----------------------------------------------------------------------===//
+
+/// Touches the sums that the rows will be added to: by the time that the product is done they have
+/// come from wherever they were.
+void GemmEmitter::touchSums() {
+  OpBuilder &b = k.b;
+  Value pairs = formArgs[1];
+  Value slots = arith::TruncIOp::create(b, k.loc, b.getI32Type(), formArgs[spec.weighted ? 3 : 2]);
+  for (int64_t row = 0; row < spec.rows; ++row) {
+    Value pair = k.load(b.getI32Type(), k.at(pairs, row * 4));
+    Value token =
+        arith::ExtUIOp::create(b, k.loc, k.i64(), arith::DivUIOp::create(b, k.loc, pair, slots));
+    Value sums = k.at(out, k.mul(token, 128));
+    for (int64_t line : {0, 64})
+      k.prefetch(k.at(sums, line));
+  }
+}
 
 FailureOr<func::FuncOp> GemmEmitter::emit() {
   if (failed(spec.verify(k.loc)))
@@ -210,6 +236,9 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
   }
   if (spec.steps)
     args.append({i64, i64, ptr});
+  unsigned stepArg = args.size() - (spec.steps ? 3 : 0);
+  if (spec.defer)
+    args.append({ptr, i64});
   func::FuncOp function = k.start(spec.getName(), spec.level, args, spec.getFeatures());
   aBlock = function.getArgument(0);
   bPanels = function.getArgument(1);
@@ -220,12 +249,16 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
     realRows = function.getArgument(5);
   if (spec.bias)
     bias = function.getArgument(formArg - 1);
-  for (unsigned i = formArg; i < args.size() - (spec.steps ? 3 : 0); ++i)
+  for (unsigned i = formArg; i < stepArg; ++i)
     formArgs.push_back(function.getArgument(i));
   if (spec.steps) {
-    firstStep = function.getArgument(args.size() - 3);
-    endStep = function.getArgument(args.size() - 2);
-    stack = function.getArgument(args.size() - 1);
+    firstStep = function.getArgument(stepArg);
+    endStep = function.getArgument(stepArg + 1);
+    stack = function.getArgument(stepArg + 2);
+  }
+  if (spec.defer) {
+    before = function.getArgument(stepArg + 3);
+    last = function.getArgument(stepArg + 4);
   }
 
   if (spec.rows > 1 && !stack)
@@ -239,25 +272,17 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
     maskSlot = LLVM::AllocaOp::create(k.b, k.loc, ptr, k.b.getF32Type(), k.index(lanes), 64);
     k.store(highMask(), maskSlot);
   }
+  if (spec.touchesSums())
+    touchSums();
   SmallVector<Value> acc;
+  LogicalResult stored = success();
   if (spec.isTile())
-    emitTiles();
+    stored = emitTiles();
   else
     acc = emitProduct();
-  LogicalResult stored = success();
   auto storeAll = [&](bool whole) {
-    LogicalResult result = forEachRow(acc, [&](Value row, ArrayRef<Value> rowAcc) {
-      switch (spec.form) {
-      case KernelForm::Blocked:
-        return storeBlocked(row, rowAcc);
-      case KernelForm::Rows:
-        return storeRows(row, rowAcc, whole);
-      case KernelForm::Combine:
-        return storeCombine(row, rowAcc);
-      }
-      llvm_unreachable("all forms are handled");
-    });
-    if (failed(result))
+    if (failed(forEachRow(
+            acc, [&](Value row, ArrayRef<Value> rowAcc) { return leaveRow(row, rowAcc, whole); })))
       stored = failure();
   };
   auto leave = [&] {
@@ -268,10 +293,16 @@ FailureOr<func::FuncOp> GemmEmitter::emit() {
       storeAll(true);
     }
   };
-  if (spec.steps)
-    k.ifThen(arith::CmpIOp::create(k.b, k.loc, arith::CmpIPredicate::eq, endStep, groups), leave);
-  else
+  if (spec.steps) {
+    Value due = arith::CmpIOp::create(k.b, k.loc, arith::CmpIPredicate::eq, endStep, groups);
+    if (spec.defer)
+      due = arith::AndIOp::create(
+          k.b, k.loc, due,
+          arith::CmpIOp::create(k.b, k.loc, arith::CmpIPredicate::ne, last, k.index(0)));
+    k.ifThen(due, leave);
+  } else {
     leave();
+  }
   k.finish();
   if (failed(stored)) {
     function.erase();

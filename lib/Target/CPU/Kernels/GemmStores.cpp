@@ -51,19 +51,55 @@ LogicalResult GemmEmitter::forEachRow(ArrayRef<Value> acc,
   };
   if (spec.rows == 1)
     return store(k.index(0), biased(acc));
-  int64_t rowBytes = vectors * lanes * 4;
   Value rows = spec.isTile() ? realRows : k.index(spec.rows);
-  for (auto [i, v] : llvm::enumerate(acc))
-    k.store(v, k.at(stack, static_cast<int64_t>(i) * lanes * 4));
+  if (!spec.steps)
+    storeSums(acc);
   LogicalResult result = success();
   k.loop(rows, 1, [&](Value row) {
-    Value from = k.at(stack, k.mul(row, rowBytes));
-    SmallVector<Value> loaded;
-    for (int64_t v = 0; v < vectors; ++v)
-      loaded.push_back(k.load(k.vec(lanes, k.b.getF32Type()), k.at(from, v * lanes * 4)));
-    result = store(row, biased(loaded));
+    result = store(row, biased(loadSums(k.at(stack, k.mul(row, vectors * lanes * 4)))));
   });
   return result;
+}
+
+void GemmEmitter::storeSums(ArrayRef<Value> acc) {
+  for (auto [i, v] : llvm::enumerate(acc))
+    k.store(v, k.at(stack, static_cast<int64_t>(i) * lanes * 4));
+}
+
+/// The sums of one row.
+SmallVector<Value> GemmEmitter::loadSums(Value from) {
+  SmallVector<Value> loaded;
+  for (int64_t v = 0; v < vectors; ++v)
+    loaded.push_back(k.load(k.vec(lanes, k.b.getF32Type()), k.at(from, v * lanes * 4)));
+  return loaded;
+}
+
+LogicalResult GemmEmitter::leaveRow(Value row, ArrayRef<Value> acc, bool whole) {
+  switch (spec.form) {
+  case KernelForm::Blocked:
+    return storeBlocked(row, acc);
+  case KernelForm::Rows:
+    return storeRows(row, acc, whole);
+  case KernelForm::Combine:
+    return storeCombine(row, acc);
+  }
+  llvm_unreachable("all forms are handled");
+}
+
+void GemmEmitter::inBlockBefore(function_ref<void()> body) {
+  Value ownOut = out, ownStack = stack;
+  SmallVector<Value> ownArgs = formArgs;
+  stack = k.at(stack, -32 * 32 * 4);
+  if (spec.form == KernelForm::Combine && spec.indexed)
+    formArgs[1] = before;
+  else
+    out = before;
+  if (spec.form == KernelForm::Combine && spec.weighted && !spec.indexed)
+    formArgs[1] = k.at(formArgs[1], -32 * 4);
+  body();
+  out = ownOut;
+  stack = ownStack;
+  formArgs = ownArgs;
 }
 
 /// The i1 vector of the lanes whose column, counted from `column`, is below the i64 `limit`.

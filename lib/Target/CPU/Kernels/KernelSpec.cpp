@@ -81,6 +81,10 @@ std::string GemmKernelSpec::getName() const {
     name += llvm::formatv("_ah{0}", ahead).str();
   if (steps)
     name += "_steps";
+  if (defer)
+    name += llvm::formatv("_defer{0}", defer).str();
+  if (nearRows)
+    name += "_near";
   if (order != LoadOrder::Automatic)
     name += order == LoadOrder::BFirst ? "_bfirst" : "_afirst";
   switch (form) {
@@ -133,8 +137,14 @@ LogicalResult GemmKernelSpec::verify(Location loc) const {
   if (ahead < 0 || ahead > 32 || (ahead && panels != 1))
     return emitError(loc) << "kernel: expected ahead in 0 to 32 with one panel, but got " << ahead
                           << " and " << panels << " panels";
-  if (steps && !isTile())
-    return emitError(loc) << "kernel: expected products of tiles in steps, but got others";
+  if (steps && (isWide() || panels != 1))
+    return emitError(loc) << "kernel: expected steps with sums in f32 of one panel, but got "
+                          << panels << (isWide() ? " and f64" : "");
+  if (defer < 0 || defer > 8 || (defer && (!isTile() || !steps)) || (nearRows && !isTile()))
+    return emitError(loc)
+           << "kernel: expected defer in 0 to 8 and near rows with products of tiles "
+              "alone, but got "
+           << defer << (nearRows ? " and near rows" : "");
   bool pairs = UkernelAttr::readsPairs(product);
   if (isTile() && ((rows != 16 && rows != 32) || panels != 1))
     return emitError(loc) << "kernel: expected 16 or 32 rows and one panel for products of tiles, "

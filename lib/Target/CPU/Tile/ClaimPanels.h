@@ -14,17 +14,17 @@ namespace mlir::moe::tile {
 
 template <typename OpTy>
 void EntryTiler::claimPanels(OpBuilder &b, StageOp stage, OpTy first, Value y, int64_t panels,
-                             int64_t most, int64_t step,
+                             int64_t most, int64_t step, int64_t sumRows,
                              llvm::function_ref<void(OpBuilder &, Value, Value,
                                                      llvm::function_ref<Value(OpBuilder &, Value)>)>
                                  body) {
   Value tokens = rowCount(y);
-  Value scratch = panelScratch(b, most, step, tokens);
+  Value scratch = panelScratch(b, most, step, sumRows, tokens);
   Value start = first.getStart() ? physical(first.getStart()) : y;
   Value accumulate = first.getAccumulate();
   if (!accumulate)
     accumulate = arith::ConstantIntOp::create(b, loc, 0, 1);
-  Value perTask = panelsPerTask(b, stage, panels, most, step, tokens);
+  Value perTask = panelsPerTask(b, stage, panels, most, step, sumRows, tokens);
   Value total = Index(b, loc).ceilDiv(Index(b, loc).constant(panels), perTask);
   claimTasks(b, stage, total, /*guided=*/false, {},
              [&](OpBuilder &b, Value task, ValueRange) -> SmallVector<Value> {

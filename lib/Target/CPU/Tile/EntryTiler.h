@@ -156,16 +156,17 @@ private:
   Value usedRows(OpBuilder &b, const Groups &groups);
   using BlockBody = llvm::function_ref<void(OpBuilder &, const RowBlock &)>;
   void forBlocks(OpBuilder &b, Value rows, UkernelAttr kernel, BlockBody body);
-  /// The tiles of a chunk's blocks and the panels from `first` to `end`, in the kernel's order:
-  /// blocks, and in them panels; or panels, in them steps of k, and in them blocks. `make` makes
-  /// the tile of a block and a panel, whose weights come `later` panels before those it touches
-  /// ahead. `sums`: for kernels that work in steps, 1024 numbers for every block; else null.
+  /// The tiles of a chunk's blocks and the panels from `first` to `end`, in the strategy's order:
+  /// blocks, and in them panels; or chunks of k, in them panels, steps of k, and blocks. `make`
+  /// makes the tile of a block and a panel, whose weights come `later` panels before those it
+  /// touches ahead. `sums`: for kernels that work in steps, 1024 numbers for every block, and for
+  /// every panel where there are chunks of k; else null.
   using TileBody =
       llvm::function_ref<GemmTileOp(OpBuilder &, const RowBlock &, Value, UkernelAttr)>;
   void forTiles(OpBuilder &b, const Chunk &chunk, StrategyAttr strategy, WeightType weight,
                 Value first, Value end, Value later, Value sums, TileBody make);
   /// Memory of a lane for sums between steps of k; null where the kernel works in one go.
-  Value sumsOf(OpBuilder &b, StrategyAttr strategy);
+  Value sumsOf(OpBuilder &b, StrategyAttr strategy, WeightType weight);
   /// Lets `tile` touch its block's share of the panel that is `panels` (an index) later.
   void touchAhead(OpBuilder &b, GemmTileOp tile, Value panels, const RowBlock &block);
   /// Panels from those of chunk `i` to those of the chunk after it.
@@ -174,14 +175,14 @@ private:
   void sortPairs(OpBuilder &b, Value ids, const Groups &groups, Value pair, Value cursor);
   /// Panels per task of a stage that owns its panels for all rows.
   Value panelsPerTask(OpBuilder &b, StageOp stage, int64_t panels, int64_t most, int64_t step,
-                      Value tokens);
-  Value panelScratch(OpBuilder &b, int64_t most, int64_t step, Value tokens);
+                      int64_t sumRows, Value tokens);
+  Value panelScratch(OpBuilder &b, int64_t most, int64_t step, int64_t sumRows, Value tokens);
   Value panelView(OpBuilder &b, Value scratch, Value panel, int64_t panels, Value tokens);
-  /// Tasks of at most `most` of `panels` panels of sums over `op`'s rows: begins them as its
+  /// Tasks of at most `most` of `panels` panels, and `sumRows` rows, of sums: begins them as `op`'s
   /// clauses say, lets `body(first panel, end panel, view of a panel)` add to them, ends them in y.
   template <typename OpTy>
   void claimPanels(OpBuilder &b, StageOp stage, OpTy first, Value y, int64_t panels, int64_t most,
-                   int64_t step,
+                   int64_t step, int64_t sumRows,
                    llvm::function_ref<void(OpBuilder &, Value, Value,
                                            llvm::function_ref<Value(OpBuilder &, Value)>)>
                        body);

@@ -13,11 +13,6 @@ using namespace mlir;
 using namespace mlir::moe;
 using namespace mlir::moe::tile;
 
-/// Rows of f32 of one panel (32 columns) that a lane's sums may have: 512 KB, which leaves room for
-/// the row blocks and the panel in a 1 MB L2. Larger T makes tasks narrower, not the scratch
-/// larger.
-static constexpr int64_t kScratchRows = 4096;
-
 /// Sums of a block of 32 rows by 32 columns.
 static constexpr int64_t kSumsOfBlock = 1024;
 
@@ -128,12 +123,20 @@ void EntryTiler::forBlocks(OpBuilder &b, Value rows, UkernelAttr kernel, BlockBo
   });
 }
 
-Value EntryTiler::sumsOf(OpBuilder &b, StrategyAttr strategy) {
+/// Groups of k that kernels count in: 64 bytes of a packed row.
+static int64_t kGroups(UkernelAttr kernel, WeightType weight) {
+  int64_t columns = UkernelAttr::readsPairs(kernel.getProduct()) ? 32 : 16;
+  return (weight.getCols() + columns - 1) / columns;
+}
+
+Value EntryTiler::sumsOf(OpBuilder &b, StrategyAttr strategy, WeightType weight) {
   UkernelAttr kernel = strategy.getUkernel();
   if (!kernel.getKBlock())
     return nullptr;
   int64_t blocks = (strategy.getChunkRows() + kernel.getRows() - 1) / kernel.getRows();
-  return alloc(b, {blocks * kSumsOfBlock}, b.getF32Type());
+  bool waits = strategy.getKChunk() && strategy.getKChunk() < kGroups(kernel, weight);
+  return alloc(b, {blocks * kSumsOfBlock * (waits ? strategy.getPanelsPerTask() : 1)},
+               b.getF32Type());
 }
 
 void EntryTiler::forTiles(OpBuilder &b, const Chunk &chunk, StrategyAttr strategy,
@@ -161,7 +164,8 @@ void EntryTiler::forTiles(OpBuilder &b, const Chunk &chunk, StrategyAttr strateg
     inner = OpBuilder::atBlockTerminator(choice.elseBlock());
     one(inner, UkernelAttr::get(kernel.getContext(), kernel.getLevel(), kernel.getRows(),
                                 kernel.getPanels(), kernel.getOrder(), kernel.getPrefetch(),
-                                kernel.getProduct(), /*ahead=*/32, kernel.getKBlock()));
+                                kernel.getProduct(), /*ahead=*/32, kernel.getKBlock(),
+                                kernel.getHint(), kernel.getDefer()));
   };
   if (!sums)
     return forBlocks(b, chunk.rows, kernel, [&](OpBuilder &b, const RowBlock &block) {
@@ -169,29 +173,51 @@ void EntryTiler::forTiles(OpBuilder &b, const Chunk &chunk, StrategyAttr strateg
         makeTile(b, block, panel, [](OpBuilder &, GemmTileOp) {});
       });
     });
-  // One block keeps its sums in tiles: nothing is won by a step.
+  // One block keeps its sums in registers: nothing is won by a step.
   Index index(b, loc);
-  Value steps = index.constant((weight.getCols() + 31) / 32);
+  int64_t groups = kGroups(kernel, weight), kChunk = strategy.getKChunk();
+  Value all = index.constant(groups);
   Value several = arith::CmpIOp::create(b, loc, arith::CmpIPredicate::ugt, chunk.rows,
                                         index.constant(kernel.getRows()));
-  Value stride = arith::SelectOp::create(
-      b, loc, several, index.min(index.constant(kernel.getKBlock()), steps), steps);
-  forLoop(b, first, end, kernel.getPanels(), [&](OpBuilder &b, Value panel) {
-    Index index(b, loc);
-    forLoop(b, index.constant(0), index.ceilDiv(steps, stride), 1, [&](OpBuilder &b, Value part) {
+  auto stepOf = [&](int64_t most) -> Value {
+    return arith::SelectOp::create(b, loc, several, index.constant(std::min(most, groups)), all);
+  };
+  Value step = stepOf(kernel.getKBlock());
+  Value blocks = index.ceilDiv(chunk.rows, kernel.getRows());
+  // The panels, for the groups of k from `from` to `to`.
+  auto forPanels = [&](OpBuilder &b, Value from, Value to) {
+    forLoop(b, first, end, kernel.getPanels(), [&](OpBuilder &b, Value panel) {
       Index index(b, loc);
-      Value firstStep = index.mul(part, stride);
-      Value endStep = index.min(index.add(firstStep, stride), steps);
-      forBlocks(b, chunk.rows, kernel, [&](OpBuilder &b, const RowBlock &block) {
-        makeTile(b, block, panel, [&](OpBuilder &b, GemmTileOp tile) {
-          OpBuilder::InsertionGuard guard(b);
-          b.setInsertionPoint(tile);
-          Index index(b, loc);
-          tile.setSteps(firstStep, endStep,
-                        tailFrom(b, sums, index.mul(block.number, kSumsOfBlock)));
+      Value mine = sums;
+      if (kChunk && kChunk < groups)
+        mine =
+            tailFrom(b, sums, index.mul(index.mul(index.sub(panel, first), blocks), kSumsOfBlock));
+      Value parts = index.ceilDiv(index.sub(to, from), step);
+      forLoop(b, index.constant(0), parts, 1, [&](OpBuilder &b, Value part) {
+        Index index(b, loc);
+        Value firstStep = index.add(from, index.mul(part, step));
+        Value endStep = index.min(index.add(firstStep, step), to);
+        forBlocks(b, chunk.rows, kernel, [&](OpBuilder &b, const RowBlock &block) {
+          makeTile(b, block, panel, [&](OpBuilder &b, GemmTileOp tile) {
+            OpBuilder::InsertionGuard guard(b);
+            b.setInsertionPoint(tile);
+            Index index(b, loc);
+            tile.setSteps(firstStep, endStep,
+                          tailFrom(b, mine, index.mul(block.number, kSumsOfBlock)));
+            if (kernel.getDefer())
+              tile.setAfter(block.number, block.blocks);
+          });
         });
       });
     });
+  };
+  if (!kChunk || kChunk >= groups)
+    return forPanels(b, index.constant(0), all);
+  Value stride = stepOf(kChunk);
+  forLoop(b, index.constant(0), index.ceilDiv(all, stride), 1, [&](OpBuilder &b, Value part) {
+    Index index(b, loc);
+    Value from = index.mul(part, stride);
+    forPanels(b, from, index.min(index.add(from, stride), all));
   });
 }
 
@@ -248,10 +274,10 @@ Value EntryTiler::tailFrom(OpBuilder &b, Value buffer, Value offset) {
 //===----------------------------------------------------------------------===//
 
 Value EntryTiler::panelsPerTask(OpBuilder &b, StageOp stage, int64_t panels, int64_t most,
-                                int64_t step, Value tokens) {
+                                int64_t step, int64_t sumRows, Value tokens) {
   Index index(b, loc);
   Value share = index.ceilDiv(index.constant(panels), index.mul(stage.getLanes(), 4));
-  Value room = index.div(index.constant(kScratchRows), index.max(tokens, index.constant(1)));
+  Value room = index.div(index.constant(sumRows), index.max(tokens, index.constant(1)));
   Value count = index.min(index.min(share, room), index.constant(most));
   if (step == 1)
     return index.max(count, index.constant(1));
@@ -260,10 +286,11 @@ Value EntryTiler::panelsPerTask(OpBuilder &b, StageOp stage, int64_t panels, int
 
 /// A lane's sums for the panels of a task: [panels, T, 32], as a vector because the number of
 /// panels depends on T.
-Value EntryTiler::panelScratch(OpBuilder &b, int64_t most, int64_t step, Value tokens) {
+Value EntryTiler::panelScratch(OpBuilder &b, int64_t most, int64_t step, int64_t sumRows,
+                               Value tokens) {
   Index index(b, loc);
   Value rows = index.min(index.mul(tokens, most),
-                         index.max(index.constant(kScratchRows), index.mul(tokens, step)));
+                         index.max(index.constant(sumRows), index.mul(tokens, step)));
   return alloc(b, {ShapedType::kDynamic}, b.getF32Type(), index.mul(rows, kPanelWidth));
 }
 

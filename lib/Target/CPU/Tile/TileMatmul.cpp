@@ -131,7 +131,7 @@ LogicalResult EntryTiler::tileMatmulToBuffer(GroupedMatmulOp op, const Groups &g
         alloc(body, {ShapedType::kDynamic}, element,
               bodyIndex.add(bodyIndex.mul(most, padded), bodyIndex.constant(blockSlack(kernel))));
   }
-  Value sums = sumsOf(body, strategy);
+  Value sums = sumsOf(body, strategy, weight);
   int64_t panels = weight.panelCount();
   int64_t groupPanels = strategy.getPanelsPerTask();
   Value groupCount = bodyIndex.constant((panels + groupPanels - 1) / groupPanels);
@@ -240,13 +240,13 @@ LogicalResult EntryTiler::tileMatmulCombine(GroupedMatmulOp op) {
                                  bodyIndex.constant(blockSlack(own.getUkernel())));
       summand.packed = alloc(body, {ShapedType::kDynamic}, element, size);
     }
-    summand.sums = sumsOf(body, own);
+    summand.sums = sumsOf(body, own, link.getWeightType());
     summand.weights = flatten(body, link.getCombineWeights());
     summand.gate = flatten(body, link.getGate() ? physical(link.getGate()) : Value());
   }
 
   claimPanels(
-      body, stage, chain.front().op, op.getOut(), panels, most, step,
+      body, stage, chain.front().op, op.getOut(), panels, most, step, strategy.getSumRows(),
       [&](OpBuilder &b, Value firstPanel, Value endPanel,
           llvm::function_ref<Value(OpBuilder &, Value)> view) {
         for (Summand &summand : chain) {

@@ -100,7 +100,7 @@ LogicalResult EntryTiler::tile(CombineOp op) {
   Value gate = flatten(body, op.getGate() ? physical(op.getGate()) : Value());
   Value used = usedRows(body, **groups);
   auto vector = VectorType::get(lanes, body.getF32Type());
-  claimPanels(body, stage, op, op.getOut(), panels, /*most=*/8, /*step=*/1,
+  claimPanels(body, stage, op, op.getOut(), panels, /*most=*/8, /*step=*/1, /*sumRows=*/4096,
               [&](OpBuilder &b, Value firstPanel, Value endPanel,
                   llvm::function_ref<Value(OpBuilder &, Value)> view) {
                 forLoop(b, Index(b, loc).constant(0), used, 1, [&](OpBuilder &b, Value n) {

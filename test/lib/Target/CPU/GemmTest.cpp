@@ -38,6 +38,8 @@ std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions) {
                                : std::vector<int64_t>{17, 18, 31, 32};
     for (int64_t rows : counts)
       cases.push_back({spec, spec.getName(), activation.str(), rows});
+    if (spec.defer)
+      cases.push_back({spec, spec.getName(), activation.str(), 32, /*before=*/true});
   };
   for (int64_t panels = 1; panels <= (tileLevel ? 1 : GemmKernelSpec::getMaxPanels(level));
        ++panels)
@@ -66,9 +68,20 @@ std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions) {
           s.ahead = 8;
           add(s);
         }
-        if (tileLevel) {
+        if (panels == 1) {
           s.steps = true;
           add(s);
+        }
+        if (tileLevel) {
+          s.nearRows = true;
+          add(s);
+          s.nearRows = false;
+          s.defer = 2;
+          add(s);
+          s.ahead = 32;
+          s.defer = 1;
+          add(s);
+          s.defer = 0;
         }
         s = spec;
         s.form = KernelForm::Blocked;
@@ -76,6 +89,15 @@ std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions) {
         // Half groups of a bf16 block come from one panel or from pairs of panels.
         s.bf16Result = dotLevel && (panels == 1 || panels % 2 == 0);
         add(s, "silu");
+        if (tileLevel) {
+          s.steps = true;
+          s.defer = 2;
+          add(s, "silu");
+          s.defer = 8;
+          add(s, "silu");
+          s.steps = false;
+          s.defer = 0;
+        }
         // The other forms and activations on a few tiles: they share the loop.
         bool few = panels <= 2 && (tileLevel || rows <= 3 || rows == 6 || rows == 14);
         if (!few)
@@ -88,7 +110,8 @@ std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions) {
           add(s);
         }
         s.parts = 2;
-        s.steps = tileLevel;
+        s.steps = panels == 1;
+        s.defer = tileLevel ? 4 : 0;
         add(s, "gelu");
         add(s, "gelu_tanh");
         add(s, "relu");
@@ -96,6 +119,7 @@ std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions) {
         s.parts = 2;
         s.steps = tileLevel;
         add(s);
+        s.defer = tileLevel;
         add(s, "silu");
         s.parts = 1;
         s.bf16Result = true;
@@ -104,6 +128,9 @@ std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions) {
         s.bf16Result = !bf16;
         add(s);
         s.indexed = s.weighted = false;
+        add(s);
+        s.steps = panels == 1;
+        s.defer = 0;
         add(s);
         s = spec;
         if (tileLevel)
@@ -131,6 +158,17 @@ std::vector<GemmCase> makeGemmCases(KernelLevel level, ModuleOp functions) {
 struct Operands {
   int64_t rows, panels, depth, groups, panelBytes;
   bool bf16, steps = false;
+  /// Of the block before: what its kernel call wants of it, and its 1024 sums.
+  char *before = nullptr;
+  const float *waiting = nullptr;
+  bool defers = false;
+  int64_t most = 0; // rows that the kernel takes
+
+  void follow(const GemmCase &test) {
+    steps = test.spec.steps;
+    defers = test.spec.defer;
+    most = test.spec.rows;
+  }
   std::vector<float> a, b; // [rows][depth], [depth][panels*32] by lane
   Buffer aBlock, bPanels;
 
@@ -246,12 +284,27 @@ static void callKernel(void *address, const Operands &operands, char *out, Args.
   Operands &in = const_cast<Operands &>(operands);
   char *a = in.aBlock.data(), *b = in.bPanels.data();
   if (in.steps) {
-    std::vector<float> sums(1024, std::numeric_limits<float>::quiet_NaN());
-    for (int64_t first = 0; first < in.groups; first += 3)
-      reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, Args..., int64_t,
-                                int64_t, float *)>(address)(
-          a, b, in.groups, in.panelBytes, out, in.rows, args..., first,
-          std::min(first + 3, in.groups), sums.data());
+    // The sums of the block before, then those of the block.
+    std::vector<float> memory(2048, std::numeric_limits<float>::quiet_NaN());
+    float *sums = memory.data() + 1024;
+    if (in.waiting)
+      std::copy(in.waiting, in.waiting + 1024, memory.data());
+    for (int64_t first = 0; first < in.groups; first += 3) {
+      int64_t end = std::min(first + 3, in.groups);
+      if (in.defers)
+        reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, Args...,
+                                  int64_t, int64_t, float *, char *, int64_t)>(address)(
+            a, b, in.groups, in.panelBytes, in.waiting && in.before == out ? nullptr : out,
+            std::min(in.rows, in.most), args..., first, end, sums, in.before, int64_t(!in.waiting));
+      else if (tileLevel)
+        reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, Args...,
+                                  int64_t, int64_t, float *)>(address)(
+            a, b, in.groups, in.panelBytes, out, in.rows, args..., first, end, sums);
+      else
+        reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, Args..., int64_t,
+                                  int64_t, float *)>(address)(a, b, in.groups, in.panelBytes, out,
+                                                              args..., first, end, sums);
+    }
   } else if (tileLevel)
     reinterpret_cast<void (*)(char *, char *, int64_t, int64_t, char *, int64_t, Args...)>(address)(
         a, b, in.groups, in.panelBytes, out, in.rows, args...);
@@ -263,7 +316,7 @@ static void callKernel(void *address, const Operands &operands, char *out, Args.
 void checkGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 &random) {
   const GemmKernelSpec &spec = test.spec;
   Operands in(random, test.rows, spec.panels, depth, spec.bf16Weights);
-  in.steps = spec.steps;
+  in.follow(test);
   int64_t lanes = spec.panels * 32, rows = test.rows;
   std::vector<float> chain(rows * lanes);
   for (int64_t r = 0; r < rows; ++r)
@@ -274,6 +327,9 @@ void checkGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 
       if (std::fabs(chain[r * lanes + c] - exact) > 6e-8 * depth * magnitude + 1e-30)
         fail("{0}: the oracle's chain is off", test.name);
     }
+  if (test.before)
+    in.waiting = chain.data();
+  auto leavesAt = [&](char *place) { in.before = test.before ? place : nullptr; };
   int64_t columns = lanes / spec.parts; // merged output columns
   // Lane of part `part` of merged column c.
   auto laneOf = [&](int64_t c, int64_t part) {
@@ -311,7 +367,12 @@ void checkGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 
     for (int place = 0; place < (half ? 3 : 1); ++place)
       for (int64_t real : {columns, columns + 100, columns - 1, columns - 15, int64_t(1)}) {
         Buffer out(spec.bf16Result ? (columns + 31) / 32 * rows * 64 : columns * rows * 4);
-        callKernel(address, in, out.data() + (place == 2 ? 32 : 0), real, int64_t(place == 1));
+        char *to = out.data() + (place == 2 ? 32 : 0);
+        leavesAt(to);
+        if (half)
+          callKernel(address, in, to, real, int64_t(place == 1));
+        else
+          callKernel(address, in, to, real);
         if (!out.guardsHold())
           fail("{0}: wrote outside its block", test.name);
         for (int64_t r = 0; half && r < rows; ++r) {
@@ -337,6 +398,7 @@ void checkGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 
     int64_t partBytes = columns * element + 24, rowBytes = partBytes * outParts + 8;
     for (int64_t real : {columns, columns + 100, columns - 1, columns - 15, int64_t(1)}) {
       Buffer out(rowBytes * rows);
+      leavesAt(out.data());
       callKernel(address, in, out.data(), rowBytes, partBytes, real);
       if (!out.guardsHold())
         fail("{0}: wrote outside its rows", test.name);
@@ -390,6 +452,7 @@ void checkGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 
           float &v = want[token * lanes + c];
           v = spec.indexed ? std::fma(weights[pairs[r]], row, v) : v + row;
         }
+      leavesAt(spec.indexed ? reinterpret_cast<char *>(pairs.data()) : y.data() + 128);
       if (!spec.indexed)
         callKernel(address, in, y.data() + 128, scratchBytes);
       else
@@ -410,10 +473,11 @@ void checkGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 
 /// Prints the best rate of the kernel alone, operands in cache.
 void benchGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 &random) {
   const GemmKernelSpec &spec = test.spec;
-  if (spec.form != KernelForm::Blocked && (spec.form != KernelForm::Rows || spec.parts != 1))
+  if (test.before ||
+      (spec.form != KernelForm::Blocked && (spec.form != KernelForm::Rows || spec.parts != 1)))
     return;
   Operands in(random, test.rows, spec.panels, depth, spec.bf16Weights);
-  in.steps = spec.steps;
+  in.follow(test);
   int64_t columns = spec.panels * 32;
   Buffer out(columns * test.rows * 8);
   double best = 1e30;
@@ -431,10 +495,10 @@ void benchGemm(const GemmCase &test, void *address, int64_t depth, std::mt19937 
 /// NaN and infinity stay in their rows; padding columns stay zero.
 void checkGemmNaN(const GemmCase &test, void *address, std::mt19937 &random) {
   const GemmKernelSpec &spec = test.spec;
-  if (spec.form != KernelForm::Blocked || test.rows < 3)
+  if (spec.form != KernelForm::Blocked || test.rows < 3 || test.before)
     return;
   Operands in(random, test.rows, spec.panels, 33, spec.bf16Weights);
-  in.steps = spec.steps;
+  in.follow(test);
   in.a[5] = std::numeric_limits<float>::quiet_NaN();
   in.a[2 * 33 + 7] = std::numeric_limits<float>::infinity();
   // Make the last column of weights zero padding.
@@ -444,7 +508,10 @@ void checkGemmNaN(const GemmCase &test, void *address, std::mt19937 &random) {
       in.b[k * spec.panels * 32 + spec.panels * 32 - 1 - part * (32 / spec.parts)] = 0;
   in.pack();
   Buffer out(columns * test.rows * 4);
-  callKernel(address, in, out.data(), columns - 1, int64_t(0));
+  if (spec.bf16Result && columns == 16)
+    callKernel(address, in, out.data(), columns - 1, int64_t(0));
+  else
+    callKernel(address, in, out.data(), columns - 1);
   for (int64_t r = 0; r < test.rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
       float v = blockedAt(test, out, r, c);

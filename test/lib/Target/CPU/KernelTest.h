@@ -101,6 +101,8 @@ struct GemmCase {
   GemmKernelSpec spec;
   std::string name, activation;
   int64_t rows; // of a block: a kernel of tiles takes any number up to spec.rows
+  /// Of a kernel that defers: the block before is tested, of 32 rows, whose sums wait.
+  bool before = false;
 };
 
 /// Every tile of the budget in every format and form. `functions`: the activations.

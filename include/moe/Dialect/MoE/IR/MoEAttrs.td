@@ -404,6 +404,10 @@ def MoE_KernelProduct : MoE_I32Enum<"KernelProduct", "the instruction of a micro
   I32EnumAttrCase<"TileBF16", 2, "tile_bf16">,
   I32EnumAttrCase<"FmaF64", 3, "fma_f64">,
 ]>;
+def MoE_LoadHint : MoE_I32Enum<"LoadHint", "where a micro-kernel's rows are wanted", [
+  I32EnumAttrCase<"Near", 0, "near">,
+  I32EnumAttrCase<"Stream", 1, "stream">,
+]>;
 def MoE_RowSource : MoE_I32Enum<"RowSource", "where a grouped matmul finds its rows", [
   I32EnumAttrCase<"Gather", 0, "gather">,
   I32EnumAttrCase<"Rows", 1, "rows">,
@@ -444,11 +448,14 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
     `ahead`, in kernels of more than 8 rows and one panel: lines of the weights that come after this
     task's own, touched for every 64 bytes of a row of the block; each line is the next one of a run
     of its own (one page each for rows of 4 KB), so that the hardware's streams follow. The blocks of
-    a chunk touch 32 / `ahead` slices of a panel. 0 = none. `k_block`, with `tile_bf16` alone: steps of
-    32 k that a call makes where a chunk has several blocks, so that a block of the panel stays in
-    the first cache for all of them; sums wait in memory meanwhile, which changes no bit. 0 = all.
-    `product` is the instruction of every
-    term:
+    a chunk touch 32 / `ahead` slices of a panel. 0 = none. `k_block`, with one panel and but for `fma_f64`: groups of 64
+    bytes of a packed row (32 k of bf16, 16 of f32) that a call takes where a chunk has several
+    blocks, so that this part of the panel stays near for all of them; sums wait in memory meanwhile
+    and go on where they stopped, which changes no bit. 0 = all. With `tile_bf16` alone: `hint` =
+    `stream` loads the rows as what is read once (`tileloaddt1`), not as what the first cache should
+    keep; `defer`, together with `k_block`: what becomes of a finished block's sums (activation, store,
+    combine) is done in the next block's last call, this many rows at each step of it, where a chunk
+    has several blocks; 0 = at once. `product` is the instruction of every term:
 
     * `fma`: fused multiply-add of f32, one k at a time; bf16 weights are widened exactly.
     * `dot_bf16`: `vdpbf16ps` on rows and weights of bf16, two k at a time (fma with the odd one,
@@ -486,7 +493,9 @@ def MoE_UkernelAttr : MoE_Attr<"Ukernel", "ukernel"> {
     DefaultValuedParameter<"int64_t", "0">:$prefetch,
     DefaultValuedParameter<"KernelProduct", "KernelProduct::Fma">:$product,
     DefaultValuedParameter<"int64_t", "0">:$ahead,
-    DefaultValuedParameter<"int64_t", "0">:$k_block);
+    DefaultValuedParameter<"int64_t", "0">:$k_block,
+    DefaultValuedParameter<"LoadHint", "LoadHint::Near">:$hint,
+    DefaultValuedParameter<"int64_t", "0">:$defer);
   let assemblyFormat = "`<` struct(params) `>`";
   let genVerifyDecl = 1;
   let extraClassDeclaration = [{
@@ -514,6 +523,12 @@ def MoE_StrategyAttr : MoE_Attr<"Strategy", "strategy"> {
       `blocked` (row blocks that an earlier kernel wrote).
     * `result`: `blocked` (row blocks for a later kernel), `rows` (a row-major matrix), `combine`
       (weighted and added into the output; the task owns its columns for all experts).
+    * `sum_rows`, of `combine`: a task holds the sums of at most this many rows of 32 columns, and
+      so the fewer panels the more tokens there are: `panels_per_task` up to T = `sum_rows` /
+      `panels_per_task`, then `sum_rows` / T, at least the micro-kernel's.
+    * `k_chunk`, together with `k_block`: groups of k, as there, that all panels of a task take before
+      the next ones, where a chunk has several blocks: rows too long for L2 are then read from memory
+      once for a task and not once for a panel. The sums of all panels of the task wait. 0 = all.
 
     Example:
 
@@ -527,10 +542,13 @@ def MoE_StrategyAttr : MoE_Attr<"Strategy", "strategy"> {
     "int64_t":$chunk_rows,
     "int64_t":$panels_per_task,
     EnumParameter<MoE_RowSource>:$source,
-    EnumParameter<MoE_ResultForm>:$result);
+    EnumParameter<MoE_ResultForm>:$result,
+    DefaultValuedParameter<"int64_t", "4096">:$sum_rows,
+    DefaultValuedParameter<"int64_t", "0">:$k_chunk);
   let assemblyFormat = [{
-    `<` `ukernel` `=` qualified($ukernel) `,` `chunk_rows` `=` $chunk_rows `,`
-    `panels_per_task` `=` $panels_per_task `,` `source` `=` $source `,` `result` `=` $result `>`
+    `<` `ukernel` `=` qualified($ukernel) `,` `chunk_rows` `=` $chunk_rows
+    (`by` `k_chunk` `=` $k_chunk^)? `,` `panels_per_task` `=` $panels_per_task `,`
+    `source` `=` $source `,` `result` `=` $result (`,` `sum_rows` `=` $sum_rows^)? `>`
   }];
   let genVerifyDecl = 1;
 }

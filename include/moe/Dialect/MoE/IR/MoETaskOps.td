@@ -165,8 +165,12 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
 
     `bias` is added to the products before anything else: lanes of panel `panel` of expert %e.
     `ahead`: bytes from the tile's first panel to the weights that it touches for the next tile.
-    `k(first to end, sums)`: only steps first to end - 1 of 32 k; the 1024 sums of the block wait in
-    `sums` until the call that makes the last step, which leaves the result.
+    `k(first to end, sums)`: only groups of k first to end - 1 (of 32 k for products of bf16, else 16);
+    the sums of the block wait in the first of the 1024 places of `sums` until the call that makes
+    the last step, which leaves the result. `after(n of blocks)`: this is block n of a chunk, whose
+    blocks follow each other in memory, in `sums` and in the result. The call that makes the last
+    step leaves the result of block n - 1, of ukernel.rows rows, while it computes, and its own only
+    if it is the chunk's last.
 
     Constraints: (C1) count ≤ ukernel.rows at run time; (C2) the region takes one f32 per part and
     yields one f32; (C3) pair, weights and slots come together; they, `gate`, `scale` and `compute`
@@ -174,7 +178,8 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
     `combine`; (C5) `blocked` has several parts only with a region; (C6) `a` is bf16, and the weight,
     where the product is `dot_bf16`, and f32 elsewhere; a blocked result of bf16 comes from such
     products only; (C7) bias has the experts, parts and rows of the weight; (C8) `ahead` is given
-    exactly where the micro-kernel has `ahead` lines; (C9) the clause k, where it has a `k_block`.
+    exactly where the micro-kernel has `ahead` lines; (C9) the clause k, where it has a `k_block`;
+    (C10) the clause after, where it has `defer`.
 
     Example:
 
@@ -212,6 +217,8 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
     Arg<Optional<Index>, "first step of 32 k">:$first_step,
     Arg<Optional<Index>, "step after the last">:$end_step,
     Arg<Optional<MoE_F32Vector>, "sums between steps", [MemRead, MemWrite]>:$sums,
+    Arg<Optional<Index>, "number of the block in its chunk">:$number,
+    Arg<Optional<Index>, "blocks of the chunk">:$blocks,
     UnitAttr:$unweighted,
     MoE_ResultFormAttr:$form,
     OptionalAttr<TypeAttrOf<MoE_Float>>:$compute,
@@ -225,6 +232,7 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
     void setBias(Value bias);
     void setAhead(Value ahead);
     void setSteps(Value first, Value end, Value sums);
+    void setAfter(Value number, Value blocks);
     /// The clauses of the form `combine`; null values are clauses that are not there.
     void setCombine(Value pair, Value weights, Value slots, Value gate, Value scale,
                     bool unweighted, TypeAttr compute);
@@ -234,6 +242,7 @@ def MoE_GemmTileOp : MoE_Op<"gemm_tile", [AttrSizedOperandSegments, IsolatedFrom
     `weight` `(` $weight `[` $expert `,` $panel `]` `:` qualified(type($weight)) `)`
     (`bias` `(` $bias^ `:` qualified(type($bias)) `)`)? (`ahead` `(` $ahead^ `)`)?
     (`k` `(` $first_step^ `to` $end_step `,` $sums `:` type($sums) `)`)?
+    (`after` `(` $number^ `of` $blocks `)`)?
     `into` $form `(` $out (`row` $row^)? `:` type($out) `)`
     (`via` `(` $pair^ `,` $weights `slots` $slots `:` type($pair) `,` type($weights) `)`)?
     (`unweighted` $unweighted^)? (`gate` `(` $gate^ `:` type($gate) `)`)? (`scale` $scale^)?
