@@ -3,7 +3,8 @@
 # benchmarks/gpu/out elsewhere).
 #   bash benchmarks/gpu/run.sh [RESULTS_FOLDER [OUT_FOLDER]]
 # Writes rows.jsonl (every measurement), log.txt and table.md, and exits with 1 if anything failed.
-# A step that has finished is not run again: call it again after an interruption. torch, transformers
+# All three are written anew after every step, with the rows of one that is cut off. A step that has
+# finished is not run again: call it again after an interruption. torch, transformers
 # and triton, where they are installed, add what they need for the same layers.
 # SECONDS_LEFT, TOKENS, REPEATS and DEVICE (of the peers) are for trials.
 set -u
@@ -16,6 +17,13 @@ device=${DEVICE:-cuda}
 mkdir -p "$results/steps"
 log=$results/log.txt
 stop=$((SECONDS + ${SECONDS_LEFT:-570}))
+collect() { # what is known so far
+  cat "$results"/steps/*.jsonl "$results"/steps/*.failed "$results"/steps/*.part 2>/dev/null |
+    grep '}$' >"$results/rows.jsonl"
+  python3 "$here/table.py" "$results/rows.jsonl" >"$results/table.part" &&
+    mv "$results/table.part" "$results/table.md"
+}
+trap 'collect; exit 143' TERM INT
 step() { # NAME SECONDS COMMAND...: its rows, or a row that says what went wrong
   local name=$1 limit=$2 left=$((stop - SECONDS))
   shift 2
@@ -34,6 +42,7 @@ step() { # NAME SECONDS COMMAND...: its rows, or a row that says what went wrong
   if [ "$code" = 0 ]; then
     mv "$rows.part" "$rows"
     rm -f "$results/steps/$name.failed"
+    collect
     return
   fi
   # What it measured before it ended counts; the step is run again by the next call.
@@ -44,6 +53,7 @@ kept.append(json.dumps({"failed": name, "why": f"exit {code}: {why}"}) + "\n")
 sys.stdout.writelines(kept)' "$rows.part" "$name" "$code" "$(tail -1 "$log")" \
     >"$results/steps/$name.failed"
   rm -f "$rows.part"
+  collect
 }
 nvidia-smi >>"$log" 2>&1
 # Ladder, first rung: correct, on every number of rows that another tile or tail serves.
@@ -72,7 +82,6 @@ for refused in "$out"/*.refused "$out"/cpu/*.refused; do
 print(json.dumps({"refused": sys.argv[1], "why": open(sys.argv[2]).readline().strip()}))' \
     "$(basename "$refused" .refused)" "$refused"
 done >"$results/steps/refused.jsonl"
-cat "$results"/steps/*.jsonl "$results"/steps/*.failed 2>/dev/null >"$results/rows.jsonl"
-python3 "$here/table.py" "$results/rows.jsonl" >"$results/table.md" || exit 1
+collect || exit 1
 cat "$results/table.md"
 ! ls "$results"/steps/*.failed >/dev/null 2>&1

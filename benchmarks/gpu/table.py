@@ -9,6 +9,46 @@ import sys
 PEERS = ["grouped_mm", "triton", "transformers"]
 
 
+def ladder(ours, times, dense):
+    """The rungs of the ladder: what is wanted, and by how many of the rows that could say so."""
+    routed = {key: r for key, r in ours.items() if not key[0].startswith("dense-") and r["K"] > 0}
+
+    def rung(name, wanted, values):
+        values = [(value, key) for value, key in values if value]
+        if not values:
+            return f"{name}: not measured"
+        good = sum(value >= wanted for value, _ in values)
+        least, (model, T) = min(values)
+        verdict = "pass" if good == len(values) else "fail"
+        return f"{name}: {verdict}, {good} of {len(values)}; least {least:.2f} ({model}, T = {T})"
+
+    def rate(key, r):
+        return r["tflops"] / dense if dense else None
+
+    def peer(key, r):
+        other = times.get(("grouped_mm", *key))
+        return other / r["us"] if other and r["us"] else None
+
+    many = {k: r for k, r in routed.items() if k[1] * r["K"] >= 512 * r["E"]}
+    checked = [(1.0 if r["error"] <= 8e-3 else 0.0, k) for k, r in ours.items() if r["error"] >= 0]
+    verdict = "pass" if checked and min(checked)[0] else "fail" if checked else "not measured"
+    lines = [
+        f"correct: {verdict}, {len(checked)} rows checked",
+        rung("dense at T >= 2048, of cuBLAS >= 0.85", 0.85, [
+            (rate(k, r), k) for k, r in ours.items() if k[0].startswith("dense-") and k[1] >= 2048
+        ]),
+        rung("layer with >= 512 rows an expert, of cuBLAS >= 0.80", 0.80,
+             [(rate(k, r), k) for k, r in many.items()]),
+        rung("layer at T >= 2048, of torch's grouped_mm >= 1.2", 1.2,
+             [(peer(k, r), k) for k, r in routed.items() if k[1] >= 2048]),
+        rung("layer at T from 8 to 256, of the memory floor >= 0.80", 0.80, [
+            (r["floor_us"] / r["us"] if r["us"] else None, k)
+            for k, r in routed.items() if 8 <= k[1] <= 256
+        ]),
+    ]  # fmt: skip
+    return ["", "Ladder:", "", *(f"- {line}" for line in lines)]
+
+
 def table(rows):
     """The page. `rows`: what the programs printed, in any order."""
     device = next((r for r in rows if "device" in r), {"device": "no device", "copy_gbs": 0})
@@ -37,6 +77,7 @@ def table(rows):
         cells.append(ratio(r["us"], twin and twin["us"]))
         cells.append(f"{r['error']:.1e}" if r["error"] >= 0 else "-")
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ladder(ours, times, dense)
     for r in rows:
         for key in ("failed", "refused", "absent"):
             if key in r:

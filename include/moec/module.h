@@ -33,6 +33,9 @@ typedef struct moec_frame {
   const void *router_x;    /* 1152: [T,H], read by the router instead of x; of x's type */
   int64_t router_x_stride; /* 1160: elements between rows */
   const struct moec_gpu_launcher *launcher; /* 1168: code of a GPU: where its kernels start */
+  /* Since 1.3: */
+  uint32_t *ticket; /* 1176: on the device, of the context: all ones at first, then zero between
+                       launches; blocks of a launch find out by it which of them is last */
 } moec_frame;
 
 typedef void (*moec_stage_fn)(moec_frame *, int32_t lane, int32_t lanes);

@@ -62,12 +62,13 @@ int moec_cuda_attach(moec_context *c, void *more, const char *where, moec_error 
   c->gpu.launcher.launch = start;
   c->gpu.launcher.map = make_map;
   c->gpu.status = more;
+  c->frame.ticket = (uint32_t *)more + 2;
   c->gpu.layer = "no layer";
   c->gpu.kernel = "no kernel";
   int r = moec_cuda_enter(c->model, where, error);
   if (r)
     return r;
-  const int code = c->model->gpu->cuda->fill((uintptr_t)more, 0xff, sizeof(uint64_t));
+  const int code = c->model->gpu->cuda->fill((uintptr_t)more, 0xff, 2 * sizeof(uint64_t));
   r = code ? moec_cuda_fail(c->model, code, where, "clear the status", 0, error) : 0;
   moec_cuda_leave(c->model);
   return r;

@@ -19,6 +19,7 @@ _Static_assert(sizeof(moec_error) == 512, "moec_error is 512 bytes for ever");
 _Static_assert(sizeof(moec_id_block) == 4096, "the id block is one page");
 _Static_assert(offsetof(moec_id_block, tensors) == 88, "layout of the id block");
 _Static_assert(sizeof(moec_id_tensor) == 56, "layout of the id block");
+_Static_assert(offsetof(moec_frame, ticket) == 1176, "layout of the frame");
 _Static_assert(offsetof(moec_frame, weights) == 8, "layout of the frame");
 _Static_assert(offsetof(moec_frame, x) == 16, "layout of the frame");
 _Static_assert(offsetof(moec_frame, x_stride) == 24, "layout of the frame");

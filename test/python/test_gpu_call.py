@@ -240,6 +240,8 @@ def test_benchmark_as_a_whole(tmp_path):
     assert {r.get("peer") for r in rows} >= {"dense matmul", "grouped_mm", "transformers"}
     page = (results / "table.md").read_text()
     assert "| next | 5 | 125.0 |" in page and "MoE / dense" in page and page == done.stdout
+    assert "- correct: pass, 4 rows checked" in page
+    assert "- layer at T >= 2048, of torch's grouped_mm >= 1.2: not measured" in page
     # A step that ends badly is a row, and so is what is not here; finished steps are not run again.
     (out / "next.mlir").write_text("no kernels")
     (results / "steps" / "next.jsonl").unlink()

@@ -45,7 +45,7 @@ def test_layer(layer, tokens, tmp_path):
     want, size = gpu_layers.experts_sum(layer, x, out["experts"], out["weights"].astype(np.float64))
     assert close(out["y"], want, size)
     numbers = dict(re.findall(r"(\w+) (\d+)", process.stdout.split(" ", 1)[1]))
-    assert numbers["launches"] == "6" and numbers["products"] == "0"
+    assert numbers["launches"] == ("4" if tokens <= 8 else "6")
     assert int(numbers["wgmmas"]) > 0 and int(numbers["boxes"]) > 0
 
 

@@ -13,8 +13,8 @@ using namespace mlir::moe;
 // processors, 1.83 GHz, 3.35 TB/s. 64 bytes from L2 per processor and cycle are the width of the
 // path; what is reached is nearer 40.
 static const GPUArch archs[] = {
-    {"sm_80", 80, true, "", 108, 164 * 1024, 1024, 40, 10.2},
-    {"sm_90a", 90, true, "", 132, 228 * 1024, 2048, 40, 13.9},
+    {"sm_80", 80, true, "", 108, 164 * 1024, 1024, 40, 10.2, 800},
+    {"sm_90a", 90, true, "", 132, 228 * 1024, 2048, 40, 13.9, 1000},
 };
 
 llvm::ArrayRef<GPUArch> mlir::moe::gpuArchs() { return archs; }

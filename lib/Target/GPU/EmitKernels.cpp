@@ -213,7 +213,7 @@ LogicalResult EntryEmitter::makeHost() {
       failed(number(layer.groupRows, groupCount)))
     return failure();
 
-  if (failed(launchStage()) || (layer.router && failed(launchSelect())))
+  if (failed(launchStage()))
     return failure();
   if (!layer.up && !layer.groupUp)
     return success();

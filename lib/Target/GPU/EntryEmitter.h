@@ -76,7 +76,9 @@ private:
   LogicalResult launchMatmul(StringRef name, GroupedMatmulOp op, const MatmulRows &from,
                              Value result, bool add = false);
   LogicalResult launchStage();
-  LogicalResult launchSelect();
+  LogicalResult launchLogits(StringRef name, const StageKernel &stage, ArrayRef<Value> args);
+  LogicalResult launchRouter(StageKernel stage, ArrayRef<Value> stageArgs);
+  LogicalResult launchSort();
   LogicalResult launchExperts();
   LogicalResult launchGroup();
   LogicalResult launchCombine();

@@ -75,7 +75,7 @@ LogicalResult EntryEmitter::launchMatmul(StringRef name, GroupedMatmulOp op, con
   return success();
 }
 
-/// x into rows, and the logits of what the router reads: one launch if that is x.
+/// x into rows, and what the router reads into logits, experts and sorted rows.
 LogicalResult EntryEmitter::launchStage() {
   Type i64 = b.getI64Type();
   StageKernel stage{layer.xType, layer.hidden(), layer.rowWidth(), {}};
@@ -87,14 +87,8 @@ LogicalResult EntryEmitter::launchStage() {
     args.push_back(scratch[Sums]);
   if (stage.group)
     args.append({scratch[GroupOffsets], groupCount});
-  auto start = [&](StringRef name) {
-    return launchPlain(name, blocks(tokens, kLogitsTokens), c32(stage.slices()), stage.threads(),
-                       stage.sharedBytes(), args, [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) {
-                         emitStage(inner, kernel, stage);
-                       });
-  };
   if (!layer.router || (layer.routerX && layer.up)) {
-    if (failed(start("stage")))
+    if (failed(launchLogits("stage", stage, args)))
       return failure();
     if (!layer.router)
       return success();
@@ -118,13 +112,20 @@ LogicalResult EntryEmitter::launchStage() {
   args.append({weight(layer.routerWeightValue()), scratch[Partial]});
   if (stage.normalize)
     args.append({scratch[Factors], weight(layer.vectors.inputScale)});
-  return start("logits");
+  return launchRouter(stage, args);
 }
 
-/// Experts and their weights.
-LogicalResult EntryEmitter::launchSelect() {
+LogicalResult EntryEmitter::launchLogits(StringRef name, const StageKernel &stage,
+                                         ArrayRef<Value> args) {
+  return launchPlain(
+      name, blocks(tokens, stage.blockTokens), c32(stage.whole ? 1 : stage.slices()),
+      stage.kThreads, stage.sharedBytes(), args,
+      [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitStage(inner, kernel, stage); });
+}
+
+/// Logits, experts and their weights, and the rows of each expert: in one launch of few tokens.
+LogicalResult EntryEmitter::launchRouter(StageKernel stage, ArrayRef<Value> stageArgs) {
   const RouterVectors &vectors = layer.vectors;
-  StageKernel stage{layer.xType, layer.hidden(), layer.rowWidth(), layer.routerWeight()};
   SelectKernel select{layer.routerAttr,
                       layer.experts(),
                       layer.routerWeight().panelCount(),
@@ -133,25 +134,82 @@ LogicalResult EntryEmitter::launchSelect() {
                       bool(vectors.bias),
                       bool(vectors.selectionBias),
                       bool(vectors.expertScale)};
-  SmallVector<Value> args = {scratch[Partial], tokens, weights, ids};
+  SmallVector<Value> args = {weights, ids};
   if (layer.logits)
     args.append({framePointer(offsetof(moec_frame, logits)),
                  field(b.getI64Type(), offsetof(moec_frame, logits_stride))});
   for (Value vector : {vectors.bias, vectors.selectionBias, vectors.expertScale})
     if (vector)
       args.push_back(weight(vector));
-  return launchPlain(
-      "select", blocks(tokens, kSelectWarps), c32(1), 32 * kSelectWarps, 0, args,
-      [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitSelect(inner, kernel, select); });
+  auto with = [](ArrayRef<Value> first, ArrayRef<Value> rest) {
+    SmallVector<Value> all(first);
+    llvm::append_range(all, rest);
+    return all;
+  };
+  /// `then` where there are at most `most` tokens, else what comes after.
+  auto choose = [&](int64_t most) {
+    Value few = arith::CmpIOp::create(b, loc, arith::CmpIPredicate::sle, tokens, c32(most));
+    return scf::IfOp::create(b, loc, few, /*withElse=*/true);
+  };
+  OpBuilder::InsertionGuard guard(b);
+  if (RouteKernel route{stage, select, bool(layer.up)}; route.fits(layer.routerAttr.getTopK())) {
+    auto few = choose(kFewTokens);
+    b.setInsertionPointToStart(few.thenBlock());
+    SmallVector<Value> all = with(stageArgs, {framePointer(offsetof(moec_frame, ticket))});
+    all = with(all, args);
+    if (route.sort)
+      all = with(all, {scratch[Offsets], scratch[Pair], scratch[Order]});
+    if (failed(launchPlain(
+            "route", c32(1), c32(stage.slices()), route.kThreads, route.sharedBytes(), all,
+            [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitRoute(inner, kernel, route); })))
+      return failure();
+    b.setInsertionPointToStart(few.elseBlock());
+  }
+  Value slices = c32(stage.slices());
+  if (stage.onTensorCores())
+    stage.blockTokens = kManyTokens;
+  if (stage.onTensorCores() && stage.slices() > 1 && select.panels <= stage.kWholePanels) {
+    // Enough blocks without slices: their sums need not be written and read again.
+    Value some = arith::CmpIOp::create(b, loc, arith::CmpIPredicate::slt, tokens,
+                                       c32(kManyTokens * kWholeBlocks));
+    slices = arith::SelectOp::create(b, loc, some, slices, c32(1));
+    auto choice = scf::IfOp::create(b, loc, some, /*withElse=*/true);
+    {
+      OpBuilder::InsertionGuard inside(b);
+      b.setInsertionPointToStart(choice.elseBlock());
+      StageKernel whole = stage;
+      whole.whole = true;
+      if (failed(launchLogits("logits_whole", whole, stageArgs)))
+        return failure();
+      b.setInsertionPointToStart(choice.thenBlock());
+      if (failed(launchLogits("logits", stage, stageArgs)))
+        return failure();
+    }
+    b.setInsertionPointAfter(choice);
+  } else if (failed(launchLogits("logits", stage, stageArgs))) {
+    return failure();
+  }
+  if (failed(launchPlain(
+          "select", blocks(tokens, kSelectWarps), c32(1), 32 * kSelectWarps, 0,
+          with({scratch[Partial], tokens, slices}, args),
+          [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitSelect(inner, kernel, select); })))
+    return failure();
+  return layer.up ? launchSort() : success();
 }
 
-/// Rows by expert, and the matmuls.
+/// Rows by expert.
+LogicalResult EntryEmitter::launchSort() {
+  int64_t E = layer.experts();
+  return launchPlain(
+      "sort", c32(E), c32(1), kSortThreads, kSortThreads / 32 * 8,
+      {ids, count, slots, scratch[Offsets], scratch[Pair], scratch[Order]},
+      [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitSort(inner, kernel, E); });
+}
+
+/// The matmuls of the experts.
 LogicalResult EntryEmitter::launchExperts() {
   int64_t E = layer.experts();
-  if (failed(launchPlain(
-          "sort", c32(E), c32(1), kSortThreads, kSortThreads / 32 * 8,
-          {ids, count, slots, scratch[Offsets], scratch[Pair], scratch[Order]},
-          [&](OpBuilder &inner, LLVM::LLVMFuncOp kernel) { emitSort(inner, kernel, E); })))
+  if (!layer.router && failed(launchSort()))
     return failure();
   MatmulRows from{scratch[Rows], scratch[Offsets], count, layer.rowWidth(), /*gather=*/true};
   if (layer.isOnInput()) {

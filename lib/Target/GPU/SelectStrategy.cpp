@@ -93,9 +93,10 @@ struct AttachTargetPass : public mlir::moe::impl::MoEGPUAttachTargetBase<AttachT
 // Cost
 //===----------------------------------------------------------------------===//
 
-/// The tiles that are worth building: few rows, some, many. Weight columns are a wide tile in each,
-/// since a block then reads whole 128-byte lines of several panels; deep steps hide memory where
-/// there is nothing else to do; 128 rows keep the tensor cores busy with two blocks a processor.
+/// The tiles that are worth building: few rows, some, many. Of few rows also narrow ones: where
+/// experts are few, wide ones would leave processors without work, and what a processor has in
+/// flight is what it gets from memory. 128 rows keep the tensor cores busy with two blocks a
+/// processor.
 static SmallVector<GPUTileAttr> candidates(MLIRContext *context, const GPUArch &arch) {
   // Warpgroups: one unit for all numbers of rows, so that a token's bits do not depend on it. Rings
   // as long as shared memory is.
@@ -106,46 +107,61 @@ static SmallVector<GPUTileAttr> candidates(MLIRContext *context, const GPUArch &
     };
     return {tile(8, 8), tile(32, 8), tile(64, 8), tile(128, 6), tile(256, 4)};
   }
-  auto tile = [&](int64_t rows, int64_t k, int64_t stages, int64_t warpsRows) {
-    return GPUTileAttr::get(context, /*cols=*/128, rows, k, stages, /*warps_cols=*/4, warpsRows,
+  auto tile = [&](int64_t cols, int64_t rows, int64_t k, int64_t stages, int64_t warpsRows) {
+    return GPUTileAttr::get(context, cols, rows, k, stages, /*warps_cols=*/cols / 32, warpsRows,
                             GPURaster::Rows, /*up_to=*/0);
   };
-  return {tile(8, 64, 4, 1), tile(32, 64, 4, 1), tile(128, 32, 4, 2)};
+  return {tile(32, 8, 64, 8, 1), tile(64, 8, 64, 8, 1), tile(128, 8, 64, 4, 1),
+          tile(128, 32, 64, 4, 1), tile(128, 128, 32, 4, 2)};
 }
 
 /// Cycles of a grouped matmul of `rows` rows that are spread evenly over the experts. A model that
-/// ranks tiles: what the tensor cores, L2 and memory need, and a fixed part for each tile.
+/// ranks tiles: what a processor with so many blocks at once does in a step of the ring, against
+/// what memory has to deliver.
 static double cycles(const GPUArch &arch, WeightType weight, GPUTileAttr tile, double rows) {
   double experts = weight.getExperts();
   // How many experts have a row at all.
   double active = experts * (1 - std::pow(1 - 1 / experts, rows));
   double rowTiles = active * std::ceil(rows / active / tile.getRows());
-  double colTiles = std::ceil(double(weight.panelCount()) * 32 / tile.getCols());
-  double steps = std::ceil(double(weight.paddedCols()) / tile.getK());
-  double work = double(tile.getCols()) * tile.getRows() * tile.getK();
+  double tiles = rowTiles * std::ceil(double(weight.panelCount()) * 32 / double(tile.getCols()));
+  double steps = std::ceil(double(weight.paddedCols()) / double(tile.getK()));
+  // Blocks at once on a processor that has work: as many as fit, and as there are.
+  double fit = std::min({double(arch.sharedPerProcessor) / double(tile.getSharedBytes()),
+                         65536.0 / double(tile.getRegisters() * tile.getThreads()), 16.0});
+  double together =
+      std::clamp(std::ceil(tiles / double(arch.processors)), 1.0, std::max(1.0, std::floor(fit)));
+  double work = double(tile.getCols()) * double(tile.getRows()) * double(tile.getK());
   double bytes = double(tile.getWeightBytes() + tile.getRowBytes());
-  double perTile = 3000 + steps * std::max(work / arch.mmaPerCycle, bytes / arch.l2PerCycle);
-  // Several tiles share a processor: they hide each other's waiting, not each other's work.
-  double onChip = std::max(1.0, rowTiles * colTiles / arch.processors) * perTile;
-  double memory =
-      active * weight.panelCount() * weight.panelBytes() / arch.memoryPerCycle / arch.processors;
-  // Where memory decides, a tile with fewer rows still multiplies less.
-  return std::max(onChip, memory) + 0.02 * onChip;
+  // A block waits for the oldest of the steps that it has in flight, and works through its own
+  // instructions; blocks hide each other's waiting, not each other's work.
+  double alone =
+      std::max(arch.latency / double(tile.getStages() - 1), 40 + double(tile.getK()) * 3);
+  double step =
+      std::max({alone, together * work / arch.mmaPerCycle, together * bytes / arch.l2PerCycle});
+  double rounds = std::max(1.0, tiles / (double(arch.processors) * together));
+  double onChip = rounds * (3000 + steps * step);
+  double memory = active * double(weight.panelCount() * weight.panelBytes()) / arch.memoryPerCycle /
+                  double(arch.processors);
+  // Where memory decides, a tile that has less to do still leaves more time to be late.
+  return std::max(onChip, memory) + 0.1 * onChip;
 }
 
 static ArrayAttr chooseTiles(const GPUArch &arch, WeightType weight) {
   MLIRContext *context = weight.getContext();
   SmallVector<GPUTileAttr> all = candidates(context, arch);
-  // The best by powers of two; never back to fewer rows.
+  // The best by powers of two, never back to fewer rows; a tile stays while it is nearly as good,
+  // since each is a kernel.
   SmallVector<std::pair<unsigned, int64_t>> ranges; // candidate, largest number of rows
-  unsigned least = 0;
   for (int64_t rows = 1; rows <= (int64_t(1) << 20); rows *= 2) {
-    unsigned best = least;
-    for (unsigned i = least + 1; i < all.size(); ++i)
-      if (cycles(arch, weight, all[i], rows) < cycles(arch, weight, all[best], rows))
+    unsigned last = ranges.empty() ? 0 : ranges.back().first, best = last;
+    double least = cycles(arch, weight, all[last], rows) * (ranges.empty() ? 1 : 0.98);
+    for (unsigned i = 0; i < all.size(); ++i)
+      if (double each = cycles(arch, weight, all[i], rows);
+          all[i].getRows() >= all[last].getRows() && each < least) {
         best = i;
-    least = best;
-    if (ranges.empty() || ranges.back().first != best)
+        least = each;
+      }
+    if (ranges.empty() || last != best)
       ranges.push_back({best, rows});
     else
       ranges.back().second = rows;

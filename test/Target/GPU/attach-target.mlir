@@ -16,8 +16,8 @@
 // CHECK: moe.target = #moe.target<cuda, level = "sm_80">
 // Rows that are f32 on a CPU are rounded here, and it is written down.
 // CHECK: moe.grouped_matmul rows({{.*}} as bf16
-// Few rows, some, many; the bounds rise and the last has none.
-// CHECK-SAME: gpu_tiles = [#moe.gpu_tile<cols = 128, rows = 8, k = 64, stages = 4, warps_cols = 4, warps_rows = 1, up_to = {{[0-9]+}}>
+// Few rows in narrow tiles with a long ring, some, many; the bounds rise and the last has none.
+// CHECK-SAME: gpu_tiles = [#moe.gpu_tile<cols = 32, rows = 8, k = 64, stages = 8, warps_cols = 1, warps_rows = 1, up_to = {{[0-9]+}}>
 // CHECK-SAME: #moe.gpu_tile<cols = 128, rows = 128, k = 32, stages = 4, warps_cols = 4, warps_rows = 2>]
 func.func @f(%h: tensor<?x1024xf32>, %off: tensor<9xi32>, %r0: tensor<?x2048xbf16>,
     %w: !moe.weight<8x1x2048x1024xbf16, panel32>) -> tensor<?x2048xbf16>

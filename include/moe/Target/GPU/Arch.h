@@ -28,6 +28,7 @@ struct GPUArch {
   double mmaPerCycle;         ///< bf16 multiply-adds per processor and cycle
   double l2PerCycle;          ///< bytes from L2 per processor and cycle
   double memoryPerCycle;      ///< bytes from memory per processor and cycle
+  double latency;             ///< cycles from asking memory to having it, while others ask too
 };
 
 /// Every known architecture, by rising rank.

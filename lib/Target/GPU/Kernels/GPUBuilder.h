@@ -252,6 +252,28 @@ public:
   Value redux(Value v, NVVM::ReduxKind kind) {
     return NVVM::ReduxOp::create(b, loc, i32(), v, kind, all());
   }
+  /// Two or four matrices of 8 x 8 bf16 in shared memory; lanes 8i … 8i + 7 name the rows of the
+  /// i-th.
+  SmallVector<Value> loadMatrices(Value row, int64_t count) {
+    auto words = LLVM::LLVMStructType::getLiteral(b.getContext(), SmallVector<Type>(count, i32()));
+    Value all = NVVM::LdMatrixOp::create(b, loc, words, row, count, NVVM::MMALayout::row,
+                                         NVVM::LdStMatrixShapeAttr::get(b.getContext(), 8, 8),
+                                         NVVM::LdStMatrixEltType::B16);
+    SmallVector<Value> result;
+    for (int64_t i = 0; i < count; ++i)
+      result.push_back(LLVM::ExtractValueOp::create(b, loc, all, ArrayRef<int64_t>{i}));
+    return result;
+  }
+  /// sums += left (16 x 16 of bf16) · right (16 x 8).
+  void multiply(MutableArrayRef<Value> sums, ArrayRef<Value> left, ArrayRef<Value> right) {
+    auto f4 = LLVM::LLVMStructType::getLiteral(b.getContext(), SmallVector<Type>(4, f32()));
+    Value product = NVVM::MmaOp::create(
+        b, loc, f4, left, right, ArrayRef<Value>(sums), ArrayRef<int64_t>{16, 8, 16}, std::nullopt,
+        std::nullopt, std::array<NVVM::MMATypes, 2>{NVVM::MMATypes::bf16, NVVM::MMATypes::bf16},
+        std::array<NVVM::MMALayout, 2>{NVVM::MMALayout::row, NVVM::MMALayout::col});
+    for (int64_t i = 0; i < 4; ++i)
+      sums[i] = LLVM::ExtractValueOp::create(b, loc, product, ArrayRef<int64_t>{i});
+  }
   /// The sum of the values of all lanes.
   Value sumLanes(Value v) {
     return reduce(v, [&](Value x, Value y) { return addf(x, y); });

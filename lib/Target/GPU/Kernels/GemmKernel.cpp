@@ -187,8 +187,7 @@ SmallVector<Value> GemmEmitter::multiply(Value stage, ValueRange old) {
         left.push_back(g.load(g.i32(), at, 4));
       }
     for (int64_t n = 0; n < rowTiles; n += 2) {
-      // Lanes 8i … 8i + 7 name the rows of the i-th 8 x 8 matrix: (rows, k), (rows, k + 8),
-      // (rows + 8, k), (rows + 8, k + 8).
+      // Matrices (rows, k), (rows, k + 8), (rows + 8, k), (rows + 8, k + 8).
       bool two = rowTiles > 1;
       Value r = g.add(g.mul(warpRow, rowTiles * 8), n * 8);
       r = g.add(r, g.rem(lane, 8));
@@ -197,28 +196,12 @@ SmallVector<Value> GemmEmitter::multiply(Value stage, ValueRange old) {
       Value c = g.add(g.rem(g.div(lane, 8), 2), k / 8);
       Value rowTurn = tile.getK() == 32 ? g.andi(g.shr(r, 1), 3) : g.andi(r, 7);
       Value at = g.at(rowsPlace, g.add(g.mul(r, rowBytes), g.mul(g.xori(c, rowTurn), 16)));
-      SmallVector<Type> words(two ? 4 : 2, g.i32());
-      auto result = LLVM::LLVMStructType::getLiteral(g.b.getContext(), words);
-      auto shape = NVVM::LdStMatrixShapeAttr::get(g.b.getContext(), 8, 8);
-      Value matrices =
-          NVVM::LdMatrixOp::create(g.b, g.loc, result, at, words.size(), NVVM::MMALayout::row,
-                                   shape, NVVM::LdStMatrixEltType::B16);
-      for (int64_t i = 0; i < int64_t(words.size()); ++i)
-        right.push_back(LLVM::ExtractValueOp::create(g.b, g.loc, matrices, ArrayRef<int64_t>{i}));
+      llvm::append_range(right, g.loadMatrices(at, two ? 4 : 2));
     }
-    auto f4 = LLVM::LLVMStructType::getLiteral(g.b.getContext(), SmallVector<Type>(4, g.f32()));
     for (int64_t m = 0; m < colTiles; ++m)
-      for (int64_t n = 0; n < rowTiles; ++n) {
-        MutableArrayRef<Value> sum = MutableArrayRef<Value>(sums).slice((m * rowTiles + n) * 4, 4);
-        Value product = NVVM::MmaOp::create(
-            g.b, g.loc, f4, ArrayRef<Value>(left).slice(m * 4, 4),
-            ArrayRef<Value>(right).slice(n * 2, 2), ArrayRef<Value>(sum),
-            ArrayRef<int64_t>{16, 8, 16}, std::nullopt, std::nullopt,
-            std::array<NVVM::MMATypes, 2>{NVVM::MMATypes::bf16, NVVM::MMATypes::bf16},
-            std::array<NVVM::MMALayout, 2>{NVVM::MMALayout::row, NVVM::MMALayout::col});
-        for (int64_t i = 0; i < 4; ++i)
-          sum[i] = LLVM::ExtractValueOp::create(g.b, g.loc, product, ArrayRef<int64_t>{i});
-      }
+      for (int64_t n = 0; n < rowTiles; ++n)
+        g.multiply(MutableArrayRef<Value>(sums).slice((m * rowTiles + n) * 4, 4),
+                   ArrayRef<Value>(left).slice(m * 4, 4), ArrayRef<Value>(right).slice(n * 2, 2));
   }
   return sums;
 }

@@ -30,8 +30,12 @@ LLVM::LLVMFuncOp createKernel(OpBuilder &b, Location loc, StringRef name, ArrayR
 /// Declares `kSharedName` in a gpu.module.
 void declareShared(gpu::GPUModuleOp kernels);
 
-/// Tokens that a block of the `logits` kernel works on, and length of one partial sum.
-inline constexpr int64_t kLogitsTokens = 8, kLogitsSlice = 256;
+/// Length of one partial sum of the `logits` kernel.
+inline constexpr int64_t kLogitsSlice = 256;
+/// Tokens that a block works on: few, and many on tensor cores.
+inline constexpr int64_t kFewTokens = 8, kManyTokens = 32;
+/// So many blocks of many tokens are enough for a GPU.
+inline constexpr int64_t kWholeBlocks = 128;
 /// Warps, and so tokens, of a block of the `select` kernel.
 inline constexpr int64_t kSelectWarps = 4;
 inline constexpr int64_t kSortThreads = 256, kCombineThreads = 128, kWeighThreads = 128;
@@ -44,7 +48,10 @@ inline constexpr int64_t kGateWarps = 4, kGateTokens = 4;
 ///       [, router weight, partial sums[, factors, input scale]]): rows [T, width] are x rounded to
 /// bf16 and padded with zeros. sums [T, width] are set to zero, offsets to [0, count]. With a
 /// router weight the partial sums of the logits, f32 [slices, T, 32 · panels]: slice s is the sum
-/// over 256 of the reduction, in order; with factors [T] of x · factor · scale · H^-½.
+/// over 256 of the reduction, in order; with factors [T] of x · factor · scale · H^-½. Block (i, s)
+/// has the i-th tokens and slice s; with `whole` all of them, and writes their sum as slice 0.
+/// Products of bf16 weights are those of mma.sync, 16 steps of the reduction each, from zero in
+/// every slice.
 struct StageKernel {
   Type x;                 ///< element type of x
   int64_t H, width;       ///< columns of x, of the rows
@@ -54,9 +61,18 @@ struct StageKernel {
   bool group = false;     ///< whether offsets are written
   bool normalize = false; ///< of the router: with factors
   bool rounds = false;    ///< each of those products is rounded to bf16
+  int64_t blockTokens = kFewTokens;
+  bool whole = false;
+  static constexpr int64_t kThreads = 256, kWarps = 8;
+  /// Up to here the sums of all experts stay in registers.
+  static constexpr int64_t kWholePanels = 2 * kWarps;
+  bool onTensorCores() const {
+    return router && !normalize && !router.getFormat().getStorageType().isF32();
+  }
   int64_t slices() const { return llvm::divideCeil(width, kLogitsSlice); }
-  int64_t threads() const { return router ? 32 * std::min<int64_t>(8, router.panelCount()) : 256; }
-  int64_t sharedBytes() const { return router ? kLogitsTokens * kLogitsSlice * 4 : 0; }
+  int64_t sharedBytes() const {
+    return router ? blockTokens * kLogitsSlice * (onTensorCores() ? 2 : 4) : 0;
+  }
 };
 void emitStage(OpBuilder &b, LLVM::LLVMFuncOp kernel, const StageKernel &spec);
 
@@ -69,15 +85,31 @@ struct NormKernel {
 };
 void emitNorm(OpBuilder &b, LLVM::LLVMFuncOp kernel, const NormKernel &spec);
 
-/// select(partial sums, tokens i32, weights, experts[, logits, logits_stride i64][, bias]
-/// [, selection bias][, expert scale]): what `moe.router` computes after the matmul. Vectors are
-/// f32 [E].
+/// select(partial sums, tokens i32, slices i32, weights, experts[, logits, logits_stride i64]
+/// [, bias][, selection bias][, expert scale]): what `moe.router` computes after the matmul.
+/// Vectors are f32 [E].
 struct SelectKernel {
   RouterAttr router;
   int64_t E, panels, slices;
   bool logits, bias, selectionBias, expertScale;
 };
 void emitSelect(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKernel &spec);
+
+/// route(what logits takes, ticket, what select takes from weights on[, offsets, pair, order]):
+/// logits, select and sort of at most kFewTokens tokens. Blocks (0, s); the one that takes the last
+/// ticket selects, a token per warp, and sorts.
+struct RouteKernel {
+  StageKernel stage;
+  SelectKernel select;
+  bool sort;
+  static constexpr int64_t kThreads = StageKernel::kThreads, kMostIds = 1024;
+  static bool fits(int64_t K) { return kFewTokens * K <= kMostIds; }
+  /// Rows of a slice, then the ticket, then the ids.
+  int64_t sharedBytes() const {
+    return std::max(stage.sharedBytes(), kFewTokens * select.router.getTopK() * 4);
+  }
+};
+void emitRoute(OpBuilder &b, LLVM::LLVMFuncOp kernel, const RouteKernel &spec);
 
 /// weigh(rows, weights, pair, slots i32, offsets, result): row n of the result is
 /// rows[pair[n] / slots] times weights[pair[n]], rounded. Block n has row n.

@@ -12,18 +12,19 @@
 //
 //===----------------------------------------------------------------------===//
 
-#include "GPUBuilder.h"
+#include "Router.h"
 
 using namespace mlir;
 using namespace mlir::moe;
 
 namespace {
 
-class SelectEmitter {
+class SelectEmitter : SelectValues {
 public:
-  SelectEmitter(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKernel &spec)
-      : g(b, kernel.getLoc()), spec(spec), router(spec.router), P(spec.panels), K(router.getTopK()),
-        keep(llvm::divideCeil(K, 32)), arguments(kernel.getArguments()) {}
+  SelectEmitter(GPUBuilder &g, const SelectKernel &spec, const SelectValues &values, Value token)
+      : SelectValues(values), g(g), spec(spec), router(spec.router), P(spec.panels),
+        K(router.getTopK()), keep(llvm::divideCeil(K, 32)), lane(g.rem(g.thread(), 32)),
+        token(token) {}
 
   void emit();
 
@@ -57,15 +58,11 @@ private:
   void chooseSparseMixer(ArrayRef<Value> z);
   void scoreChosen(ArrayRef<Value> z);
   void writeWeights();
-  void emitToken();
 
-  GPUBuilder g;
+  GPUBuilder &g;
   const SelectKernel &spec;
   RouterAttr router;
   int64_t P, K, keep;
-  Arguments arguments;
-  Value partial, tokens, weights, experts, logits, logitsStride;
-  Value bias, selectionBias, expertScale;
   Value lane, token;
   /// Experts of this lane, and whether they exist (null: all lanes have one).
   Values ids, real;
@@ -87,13 +84,23 @@ SelectEmitter::Values SelectEmitter::readLogits() {
   Values z;
   for (int64_t j = 0; j < P; ++j)
     z.push_back(at(g.c(0), j));
-  if (spec.slices > 1)
-    z = g.loop(g.c(1), g.c(spec.slices), g.c(1), z, [&](Value slice, ValueRange state) -> Values {
+  if (!slices && spec.slices * P <= 64) {
+    // All loads first: one warp waits for them.
+    Values terms;
+    for (int64_t slice = 1; slice < spec.slices; ++slice)
+      for (int64_t j = 0; j < P; ++j)
+        terms.push_back(at(g.c(slice), j));
+    for (auto [i, term] : llvm::enumerate(terms))
+      z[i % P] = g.addf(z[i % P], term);
+  } else if (spec.slices > 1) {
+    Value end = slices ? slices : g.c(spec.slices);
+    z = g.loop(g.c(1), end, g.c(1), z, [&](Value slice, ValueRange state) -> Values {
       Values sum(state);
       for (int64_t j = 0; j < P; ++j)
         sum[j] = g.addf(sum[j], at(slice, j));
       return sum;
     });
+  }
   // Vectors are padded to whole panels.
   if (bias)
     for (int64_t j = 0; j < P; ++j)
@@ -367,7 +374,7 @@ void SelectEmitter::writeWeights() {
   }
 }
 
-void SelectEmitter::emitToken() {
+void SelectEmitter::emit() {
   for (int64_t j = 0; j < P; ++j) {
     ids.push_back(g.add(lane, j * 32));
     real.push_back((j + 1) * 32 <= spec.E ? Value() : g.less(ids[j], spec.E));
@@ -405,22 +412,24 @@ void SelectEmitter::emitToken() {
   writeWeights();
 }
 
-void SelectEmitter::emit() {
-  partial = arguments.next();
-  tokens = arguments.next();
-  weights = arguments.next();
-  experts = arguments.next();
-  logits = arguments.nextIf(spec.logits);
-  logitsStride = arguments.nextIf(spec.logits);
-  bias = arguments.nextIf(spec.bias);
-  selectionBias = arguments.nextIf(spec.selectionBias);
-  expertScale = arguments.nextIf(spec.expertScale);
-  lane = g.rem(g.thread(), 32);
-  // Uniform in a warp: one warp per token.
-  token = g.add(g.mul(g.blockX(), kSelectWarps), g.div(g.thread(), 32));
-  g.ifThen(g.less(token, tokens), [&] { emitToken(); });
+SelectValues::SelectValues(Value partial, Value tokens, Value slices, const SelectKernel &spec,
+                           Arguments &args)
+    : partial(partial), tokens(tokens), slices(slices), weights(args.next()), experts(args.next()),
+      logits(args.nextIf(spec.logits)), logitsStride(args.nextIf(spec.logits)),
+      bias(args.nextIf(spec.bias)), selectionBias(args.nextIf(spec.selectionBias)),
+      expertScale(args.nextIf(spec.expertScale)) {}
+
+void mlir::moe::emitSelectToken(GPUBuilder &g, const SelectKernel &spec, const SelectValues &values,
+                                Value token) {
+  SelectEmitter(g, spec, values, token).emit();
 }
 
 void mlir::moe::emitSelect(OpBuilder &b, LLVM::LLVMFuncOp kernel, const SelectKernel &spec) {
-  SelectEmitter(b, kernel, spec).emit();
+  GPUBuilder g(b, kernel.getLoc());
+  Arguments args(kernel.getArguments());
+  Value partial = args.next(), tokens = args.next(), slices = args.next();
+  SelectValues values(partial, tokens, slices, spec, args);
+  // Uniform in a warp: one warp per token.
+  Value token = g.add(g.mul(g.blockX(), kSelectWarps), g.div(g.thread(), 32));
+  g.ifThen(g.less(token, tokens), [&] { emitSelectToken(g, spec, values, token); });
 }

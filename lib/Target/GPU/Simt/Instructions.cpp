@@ -121,7 +121,11 @@ static void simtAccess(const char *site, uint64_t address, int32_t bytes, int32_
     m.checkShared(site, address, uint32_t(bytes), writes);
   else
     m.checkGlobal(site, address, uint32_t(bytes), writes, atomic);
+  if (atomic)
+    m.atomicDevice(address);
 }
+
+static void simtFenceDevice() { current->fenceDevice(); }
 
 static uint16_t simtRoundBF16(float value) {
   uint32_t bits;
@@ -440,6 +444,7 @@ const std::vector<std::pair<const char *, void *>> &mlir::moe::simt::simtSymbols
       {"moe_simt_copy_arrive", address(simtCopyArrive)},
       {"moe_simt_box", address(simtBox)},
       {"moe_simt_fence_proxy", address(simtFenceProxy)},
+      {"moe_simt_fence_device", address(simtFenceDevice)},
       {"moe_simt_wgmma", address(simtWgmma)},
       {"moe_simt_wgmma_fence", address(simtWgmmaFence)},
       {"moe_simt_wgmma_commit", address(simtWgmmaCommit)},

@@ -226,8 +226,18 @@ LogicalResult KernelRewriter::rewrite(Operation *op) {
         if (cast<LLVM::LLVMPointerType>(atomic.getPtr().getType()).getAddressSpace() != 1)
           return LogicalResult(
               op->emitOpError("expected atomics in global memory, but got another"));
+        // LLVM makes relaxed ones of all others.
+        if (atomic.getOrdering() != LLVM::AtomicOrdering::monotonic)
+          return refuse(op, "a monotonic atomic beside fences");
         access(op, atomic.getPtr(), atomic.getVal().getType(), std::nullopt, true, true);
         return success();
+      })
+      .Case([&](LLVM::FenceOp fence) {
+        if (fence.getSyncscope() != "device" ||
+            fence.getOrdering() != LLVM::AtomicOrdering::acq_rel)
+          return refuse(op, "a fence of the device that acquires and releases");
+        call("moe_simt_fence_device", none(), {});
+        return erase();
       })
       .Case([&](LLVM::FPTruncOp trunc) {
         // The host has no instruction for this everywhere, and its library another rounding of NaN.

@@ -125,6 +125,9 @@ void Machine::Impl::startBlock() {
     barrier = Barrier();
   mbarriers.clear();
   asyncOps.clear();
+  fences.clear();
+  seenBlocks.clear();
+  takenBlocks.clear();
   registerBudget = 0;
   now = 1;
   known.clear();
@@ -316,6 +319,7 @@ bool Machine::launch(void (*kernel)(void *const *), const moec_gpu_launch &launc
   m.sharedBytes = launch.shared_bytes;
   m.sharedShadow.assign(launch.shared_bytes, SharedShadow());
   ++m.launchNumber;
+  m.releasedBlocks.clear();
   ++m.statistics.launches;
   Impl *outer = current;
   current = &m;

@@ -119,8 +119,19 @@ struct Reader {
 /// Last accesses of a byte of global memory; blocks count from 1.
 struct GlobalShadow {
   uint64_t writeBlock = 0;
-  uint32_t writeLaunch = 0;
+  uint32_t writeLaunch = 0, writeStamp = 0; ///< segment of the writer
+  uint16_t writer = 0;                      ///< thread of its block
   bool written = false;
+};
+
+/// What blocks let go of, by block.
+using BlockClocks = std::map<uint64_t, Clock>;
+
+/// What a thread took up from other blocks, at one of its segments.
+struct TakenBlocks {
+  int thread;
+  uint32_t stamp;
+  BlockClocks from;
 };
 
 struct Region {
@@ -159,6 +170,11 @@ struct Machine::Impl {
   // Order of accesses: see Clocks.cpp. Square matrices by thread, empty until they are needed.
   uint32_t now = 1;
   std::vector<uint32_t> known, fencedKnown;
+  // Order between blocks: see Blocks.cpp. By address of the atomic word, and by thread.
+  std::map<uint64_t, BlockClocks> releasedBlocks; ///< of the launch
+  std::map<int, Clock> fences;                    ///< what each thread let go of last
+  std::map<int, BlockClocks> seenBlocks;          ///< through atomics since the last fence
+  std::vector<TakenBlocks> takenBlocks;
   // Fibers.
   char *stacks = nullptr;
   size_t stackCount = 0;
@@ -187,6 +203,11 @@ struct Machine::Impl {
   void acquire(int thread, const Clock &from);
   void fenceProxy(int thread);
   void meetAll();
+
+  // Order between blocks.
+  void fenceDevice();
+  void atomicDevice(uint64_t address);
+  bool tookUp(const GlobalShadow &shadow) const;
 
   // Memory.
   void checkShared(const char *site, uint64_t address, uint32_t bytes, bool writes);

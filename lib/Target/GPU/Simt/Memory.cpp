@@ -274,15 +274,18 @@ void Impl::checkGlobal(const char *site, uint64_t address, uint32_t bytes, bool 
         return fail("%s: %s: expected bytes that were written, but got a read of byte %llu of "
                     "`%s`, which nobody wrote",
                     threadName(running).c_str(), site, (unsigned long long)i, region.name.c_str());
-      if (shadow.writeLaunch == launchNumber && shadow.writeBlock != block)
+      if (shadow.writeLaunch == launchNumber && shadow.writeBlock != block &&
+          (atomic || shadow.writeBlock == UINT64_MAX || !tookUp(shadow)))
         return fail("%s: %s: race: %s of byte %llu of `%s`, which another block of this launch "
-                    "wrote",
+                    "wrote; expected a fence, an atomic and a fence in between",
                     threadName(running).c_str(), site, verb, (unsigned long long)i,
                     region.name.c_str());
       if (writes) {
         shadow.written = true;
         shadow.writeLaunch = launchNumber;
         shadow.writeBlock = block;
+        shadow.writer = uint16_t(running);
+        shadow.writeStamp = threads[running].clock;
       }
     }
     return;

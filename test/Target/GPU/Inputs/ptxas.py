@@ -74,6 +74,9 @@ for name, registers in re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
     ).groups()
     ptx_mma = re.search(r"\.entry " + name + r"\b.*?\n}", ptx, re.S)[0].count("mma.sync")
-    assert ptx_mma == counts[name]["HMMA"], f"{name}: {ptx_mma} mma.sync, {counts[name]}"
+    # Several times where a loop is unrolled.
+    times = counts[name]["HMMA"] // max(ptx_mma, 1)
+    assert ptx_mma * times == counts[name]["HMMA"], f"{name}: {ptx_mma} mma.sync, {counts[name]}"
+    assert times or not ptx_mma, f"{name}: {ptx_mma} mma.sync, but no HMMA"
     numbers = " ".join(f"{key} {value}" for key, value in counts[name].items())
     print(f"{name}: stack {stack} spills {stores} {loads} {numbers} registers {registers}")

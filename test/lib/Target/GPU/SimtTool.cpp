@@ -222,6 +222,14 @@ static void mutate(ModuleOp module) {
         auto vote = cast<NVVM::VoteSyncOp>(op);
         op->getResult(0).replaceAllUsesWith(
             LLVM::ZExtOp::create(b, op->getLoc(), op->getResult(0).getType(), vote.getPred()));
+      } else if (kind == "drop-fence" && isa<LLVM::FenceOp>(op) && here()) {
+        op->erase();
+      } else if (kind == "more-blocks" && isa<LLVM::AtomicRMWOp>(op) && here()) {
+        Value one = LLVM::ConstantOp::create(b, op->getLoc(), b.getI32Type(), 1);
+        op->setOperand(1, LLVM::AddOp::create(b, op->getLoc(), op->getOperand(1), one));
+      } else if (kind == "fewer-blocks" && isa<LLVM::AtomicRMWOp>(op) && here()) {
+        Value one = LLVM::ConstantOp::create(b, op->getLoc(), b.getI32Type(), 1);
+        op->setOperand(1, LLVM::SubOp::create(b, op->getLoc(), op->getOperand(1), one));
       } else if (kind == "drop-store" && isa<LLVM::StoreOp>(op) && here()) {
         op->erase();
       } else if (kind == "flip-compare" && isa<LLVM::ICmpOp>(op) && here()) {
@@ -409,6 +417,9 @@ static int runCase(SimtCode &code, const Signature &signature, bool given, Strin
   Run run{&code, &machine};
   moec_gpu_launcher launcher{&run, launchKernel, makeMap};
   frame.launcher = &launcher;
+  uint32_t ticket = UINT32_MAX;
+  frame.ticket = &ticket;
+  machine.addRegion(&ticket, sizeof ticket, "ticket", true, false);
   find<void(moec_frame *, int32_t, int32_t)>(code, functionName + std::string("_stage0"))(&frame, 0,
                                                                                           1);
   if (!machine.error().empty()) {
